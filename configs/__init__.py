@@ -1,0 +1,1 @@
+"""YAML shipped with the package: published figures, export presets."""

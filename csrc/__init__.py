@@ -1,0 +1,1 @@
+"""C++ sources of the operators, shipped as package data and compiled by `vitrail.ops.library`."""
