@@ -1,0 +1,55 @@
+"""Argument checks that the operators share. Every message names the argument, what came and what is allowed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_grid(name: str, x: Tensor) -> None:
+    """A floating-point token grid `(B, H, W, C)` whose channels lie next to each other in memory."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (B, H, W, C), got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions (B, H, W, C), got shape {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}; convert it with .to()"
+        )
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must have contiguous channels (stride 1 in the last dimension), got stride {x.stride(-1)}; "
+            f"pass {name}.contiguous()"
+        )
+
+
+def check_like(name: str, x: Tensor, ref_name: str, ref: Tensor) -> None:
+    """Same dtype and device as another argument."""
+    if x.dtype != ref.dtype:
+        raise TypeError(f"{name} is {x.dtype} but {ref_name} is {ref.dtype}; convert one of them with .to()")
+    if x.device != ref.device:
+        raise ValueError(
+            f"{name} is on {x.device} but {ref_name} is on {ref.device}; move one of them with .to()"
+        )
+
+
+def check_region_size(name: str, size: Sequence[int]) -> None:
+    """A (height, width) of positive integers."""
+    if len(size) != 2:
+        raise ValueError(f"{name} must be (height, width), got {tuple(size)}")
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(f"{name} must be positive, got {tuple(size)}")
+
+
+def check_routes_in_range(routes: Tensor, regions: int) -> None:
+    """Every route names an existing region. Reads values, so only for real tensors outside of tracing."""
+    if routes.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(routes))
+    if low < 0 or high >= regions:
+        bad = low if low < 0 else high
+        raise IndexError(
+            f"routes holds region {bad}, but there are {regions} regions; allowed are 0 to {regions - 1}"
+        )

@@ -1,0 +1,50 @@
+"""Geometry of regions: a grid of tokens cut into rectangles, row by row.
+
+Grids are channels last, `(B, H, W, C)`. Region sizes need not divide the grid: the last row and column of regions
+then reach past it, and what lies there counts as zero tokens.
+"""
+
+from typing import List
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Number of pieces of size `b` that cover `a`; integer arithmetic only, so that symbolic sizes stay exact."""
+    return (a + b - 1) // b
+
+
+def partition(x: Tensor, region_size: List[int]) -> Tensor:
+    """Cut `(B, H, W, C)` into `(B, regions, tokens of a region, C)`, with zeros for what reaches past the grid."""
+    b, h, w, c = x.shape
+    rh, rw = region_size
+    nh, nw = ceil_div(h, rh), ceil_div(w, rw)
+    if nh * rh != h or nw * rw != w:
+        x = F.pad(x, (0, 0, 0, nw * rw - w, 0, nh * rh - h))
+    return x.reshape(b, nh, rh, nw, rw, c).transpose(2, 3).reshape(b, nh * nw, rh * rw, c)
+
+
+def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
+    """Inverse of `partition`: `(B, regions, tokens, C)` back to `(B, height, width, C)`."""
+    b, _, _, c = x.shape
+    rh, rw = region_size
+    nh, nw = ceil_div(height, rh), ceil_div(width, rw)
+    x = x.reshape(b, nh, nw, rh, rw, c).transpose(2, 3).reshape(b, nh * rh, nw * rw, c)
+    if nh * rh != height or nw * rw != width:
+        x = x[:, :height, :width]
+    return x
+
+
+def region_means(x: Tensor, region_size: List[int]) -> Tensor:
+    """Mean token of every region, `(B, H, W, C)` to `(B, regions, C)`; what reaches past the grid is left out."""
+    _, h, w, _ = x.shape
+    rh, rw = region_size
+    regions = partition(x, region_size)
+    if h % rh == 0 and w % rw == 0:
+        return regions.mean(2)
+    rows = (h - rh * torch.arange(ceil_div(h, rh), device=x.device)).clamp(max=rh)
+    cols = (w - rw * torch.arange(ceil_div(w, rw), device=x.device)).clamp(max=rw)
+    counts = (rows[:, None] * cols).reshape(1, -1, 1)
+    return regions.sum(2) / counts.to(x.dtype)
