@@ -8,4 +8,6 @@ from .library import use_ops
 from .region_route import region_route
 from .routed_attention import routed_attention
 
-__all__ = ["region_route", "routed_attention", "use_ops"]
+from . import flops  # isort: skip  (registers formulas of the operators above)
+
+__all__ = ["flops", "region_route", "routed_attention", "use_ops"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import library
 from ._checks import check_grid, check_like, check_region_size
-from .regions import ceil_div, region_means
+from .regions import ceil_div, concrete, region_means
 
 
 def _region_count(x: Tensor, region_size: List[int]) -> int:
@@ -78,6 +78,7 @@ def region_route(
     q, k = q.detach(), k.detach()
     if torch.jit.is_scripting():
         return torch.ops.vitrail.region_route(q, k, topk, region_size, kv_region_size)
+    region_size, kv_region_size = concrete(region_size), concrete(kv_region_size)
     _check(q, k, topk, region_size, kv_region_size)
     if library.mode() == "reference":
         return reference(q, k, topk, region_size, kv_region_size)

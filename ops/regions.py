@@ -48,3 +48,8 @@ def region_means(x: Tensor, region_size: List[int]) -> Tensor:
     cols = (w - rw * torch.arange(ceil_div(w, rw), device=x.device)).clamp(max=rw)
     counts = (rows[:, None] * cols).reshape(1, -1, 1)
     return regions.sum(2) / counts.to(x.dtype)
+
+
+def concrete(size: List[int]) -> List[int]:
+    """Plain integers: a legacy trace hands sizes around as tensors, which an operator's signature does not take."""
+    return [int(x) for x in size] if torch.jit.is_tracing() else size

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import library
 from ._checks import check_grid, check_like, check_region_size, check_routes_in_range
-from .regions import ceil_div, merge, partition
+from .regions import ceil_div, concrete, merge, partition
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
@@ -434,6 +434,7 @@ def routed_attention(
         return torch.ops.vitrail.routed_attention(
             q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale
         )[0]
+    region_size, kv_region_size = concrete(region_size), concrete(kv_region_size)
     _check(q, k, v, routes, weights, region_size, kv_region_size, num_heads)
     if _holds_values(routes):
         check_routes_in_range(routes, partition_count(k, kv_region_size))

@@ -1,0 +1,853 @@
+"""BiFormer: vision transformer with bi-level routing attention.
+
+Paper: "BiFormer: Vision Transformer with Bi-Level Routing Attention", Zhu et al., CVPR 2023, arXiv 2303.08810.
+Published code and weights: https://github.com/rayleizhu/BiFormer (MIT).
+
+    image -> stem /4 -> stage 1 -> /8 -> stage 2 -> /16 -> stage 3 -> /32 -> stage 4 -> BatchNorm -> pool -> classifier
+
+A block (figure 4) is a depthwise convolution for position, bi-level routing attention, and an MLP, each with a
+residual. Bi-level routing attention (section 3.2) cuts the map into 7 x 7 regions. Each region picks the top-k regions
+whose mean key suits its mean query best, and its tokens attend to all tokens of those: 1, 4 and 16 regions in stages 1
+to 3. In stage 4 every token attends to every other. A 5 x 5 depthwise convolution of the values (LePE) is added.
+
+`biformer_stl` has the layout of Swin-T instead (table 4 of the paper: 4 x 4 stem, no position convolution), and
+`biformer_stl_nchw` is the authors' later rewrite of it, which pads and pools maps that 7 does not divide differently.
+
+Inside a stage maps are channels last, `(B, H, W, C)`; between stages they are `(B, C, H, W)`, as timm wants them.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, List, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerScale,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    trunc_normal_,
+)
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_function
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..ops import region_route, routed_attention
+from ..ops.regions import merge, partition, region_means
+from .weights import build_model, check_state_dict
+
+for _function in (region_route, routed_attention, region_means, partition, merge):
+    register_notrace_function(_function)  # they branch on sizes, which torch.fx cannot follow
+
+# --- bi-level routing attention (section 3.2) -------------------------------------------------------------------------
+
+
+@register_notrace_function
+def pad_to_multiple(x: Tensor, n: int) -> Tensor:
+    """Pad a `(B, H, W, C)` map with zeros at the bottom and right so that `n` divides its height and width."""
+    h, w = x.shape[1], x.shape[2]
+    pad_h, pad_w = (h + n - 1) // n * n - h, (w + n - 1) // n * n - w
+    return F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h != 0 or pad_w != 0 else x
+
+
+@register_notrace_function
+def region_size_of(x: Tensor, n_win: int) -> List[int]:
+    """Size of a region when a `(B, H, W, C)` map is cut into (about) `n_win` x `n_win` of them; at least one token."""
+    return [max(x.shape[1] // n_win, 1), max(x.shape[2] // n_win, 1)]
+
+
+class RegionRouter(nn.Module):
+    """Region-to-region routing: which regions does each region attend to (eq. 2 to 4)?
+
+    Plain routing carries no gradient. Options of the published code: `soft_routing` also weighs the chosen regions by
+    the softmax of their scores, `diff_routing` lets the gradient through these weights, `param_routing` puts a linear
+    layer before the product.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        topk: int,
+        scale: float,
+        soft_routing: bool = False,
+        diff_routing: bool = False,
+        param_routing: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        if diff_routing and not soft_routing:
+            raise ValueError(
+                "diff_routing needs soft_routing: a hard choice has no gradient (the paper has none either)"
+            )
+        if param_routing and not diff_routing:
+            raise ValueError(
+                "param_routing needs diff_routing: without a gradient its weights would never learn"
+            )
+        self.topk = topk
+        self.scale = scale
+        self.soft_routing = soft_routing
+        self.diff_routing = diff_routing
+        self.emb = nn.Linear(dim, dim, device=device, dtype=dtype) if param_routing else nn.Identity()
+
+    def forward(self, q: Tensor, k: Tensor, region_size: List[int]) -> Tuple[Tensor, Optional[Tensor]]:
+        """Routes `(B, R, topk)` and, for soft routing, their weights, from `(B, H, W, C)` queries and keys."""
+        regions = ((q.shape[1] + region_size[0] - 1) // region_size[0]) * (
+            (q.shape[2] + region_size[1] - 1) // region_size[1]
+        )
+        topk = limit_topk(self.topk, regions)
+        if not self.soft_routing:
+            return region_route(q, k, topk, region_size), None
+        q, k = region_means(q, region_size), region_means(k, region_size)
+        if not self.diff_routing:
+            q, k = q.detach(), k.detach()
+        scores = (self.emb(q) * self.scale) @ self.emb(k).transpose(1, 2)
+        scores, routes = scores.topk(topk, dim=-1)
+        weights = scores.softmax(-1)
+        return routes, weights if weights.dtype == torch.float64 else weights.float()
+
+
+@register_notrace_function
+def limit_topk(topk: int, regions: int) -> int:
+    """A small map may have fewer regions than a region is to choose."""
+    return min(topk, regions)
+
+
+class KeyValuePool(nn.Module):
+    """Fewer keys and values per region (`kv_downsample_mode` of the published code).
+
+    Adaptive modes leave `per_win` x `per_win` tokens of each region, the others pool by `ratio`.
+    """
+
+    def __init__(self, mode: str, per_win: int, ratio: int):
+        super().__init__()
+        pools: dict[str, Callable[[], nn.Module]] = {
+            "ada_avgpool": lambda: nn.AdaptiveAvgPool2d(per_win),
+            "ada_maxpool": lambda: nn.AdaptiveMaxPool2d(per_win),
+            "avgpool": lambda: nn.AvgPool2d(ratio),
+            "maxpool": lambda: nn.MaxPool2d(ratio),
+        }
+        if mode not in pools:
+            raise ValueError(
+                f"kv_downsample_mode must be identity, {', '.join(pools)}, got {mode!r}"
+                + (" (announced by the authors, never built)" if mode in ("fracpool", "conv") else "")
+            )
+        size = per_win if mode.startswith("ada") else ratio
+        if size < 1:
+            name = "kv_per_wins" if mode.startswith("ada") else "kv_downsample_ratios"
+            raise ValueError(f"{name} must be at least 1 with kv_downsample_mode {mode!r}, got {size}")
+        self.pool = pools[mode]()
+
+    def forward(self, x: Tensor, region_size: List[int]) -> Tuple[Tensor, List[int]]:
+        """Pool `(B, H, W, C)` inside each region; returns the smaller map and the size of its regions."""
+        b, h, w, c = x.shape
+        nh, nw = h // region_size[0], w // region_size[1]
+        regions = partition(x, region_size).flatten(0, 1).transpose(1, 2)
+        pooled = self.pool(regions.unflatten(2, (region_size[0], region_size[1])))
+        size = [pooled.shape[2], pooled.shape[3]]
+        pooled = pooled.flatten(2).transpose(1, 2).unflatten(0, (b, nh * nw))
+        return merge(pooled, size, nh * size[0], nw * size[1]), size
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """Attention of every token to the tokens of the top-k regions of its region, `(B, H, W, C)` to the same.
+
+    `pad_after` chooses how a map that `n_win` does not divide is treated: False (the released models) pads it before
+    the projection, so that padded tokens count like others; True (`biformer_stl_nchw`) rounds the region size down and
+    pads with zeros after the projection, leaving them out of the regions' means.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        n_win: int = 7,
+        topk: int = 4,
+        qk_dim: Optional[int] = None,
+        qk_scale: Optional[float] = None,
+        side_dwconv: int = 5,
+        kv_downsample_mode: str = "identity",
+        kv_per_win: int = -1,
+        kv_downsample_ratio: int = 1,
+        soft_routing: bool = False,
+        diff_routing: bool = False,
+        param_routing: bool = False,
+        param_attention: str = "qkvo",
+        auto_pad: bool = True,
+        pad_after: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.qk_dim = qk_dim or dim
+        if self.qk_dim % num_heads or dim % num_heads:
+            raise ValueError(
+                f"{num_heads} heads must divide the width {dim} and the query width {self.qk_dim}"
+            )
+        if param_attention not in ("qkvo", "qkv"):
+            raise ValueError(f"param_attention must be 'qkvo' or 'qkv', got {param_attention!r}")
+        self.num_heads = num_heads
+        self.n_win = n_win
+        self.auto_pad = auto_pad
+        self.pad_after = pad_after
+        self.scale = (
+            qk_scale or self.qk_dim**-0.5
+        )  # by width, not by head width: what the released weights expect
+        self.router = RegionRouter(
+            self.qk_dim, topk, self.scale, soft_routing, diff_routing, param_routing, **dd
+        )
+        self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, **dd)
+        has_pool = kv_downsample_mode not in ("identity", "maxpool", "avgpool") or (
+            kv_downsample_mode != "identity" and kv_downsample_ratio != 1
+        )
+        self.kv_pool = KeyValuePool(kv_downsample_mode, kv_per_win, kv_downsample_ratio) if has_pool else None
+        self.lepe = local_conv(dim, side_dwconv, **dd)
+        self.proj = nn.Linear(dim, dim, **dd) if param_attention == "qkvo" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[1], x.shape[2]
+        if self.auto_pad and not self.pad_after:
+            x = pad_to_multiple(x, self.n_win)
+        region_size = region_size_of(x, self.n_win)
+        q, k, v = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
+        routes, weights = self.router(q, k, region_size)
+        lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        kv_region_size = region_size
+        if self.kv_pool is not None:
+            kv, kv_region_size = self.kv_pool(torch.cat([k, v], dim=-1), region_size)
+            k, v = kv.split([self.qk_dim, self.dim], dim=-1)
+        x = routed_attention(
+            q, k, v, routes, region_size, self.num_heads, self.scale, kv_region_size, weights
+        )
+        return self.proj((x + lepe)[:, :h, :w])
+
+
+class FullAttention(nn.Module):
+    """Attention of every token to every other, `(B, H, W, C)` to the same (stage 4).
+
+    The published code has 8 heads here whatever the width, no bias in the projection, and adds LePE of the attention's
+    *input* (`lepe_of="input"`), of the values (`"value"`, in `biformer_stl_nchw`), or none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        side_dwconv: int = 5,
+        lepe_of: str = "input",
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.lepe_of_input = lepe_of == "input"
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.lepe = local_conv(dim, 0 if lepe_of == "none" else side_dwconv, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        lepe = self.lepe((x if self.lepe_of_input else v).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        shape = (b, h * w, self.num_heads, c // self.num_heads)
+        q, k, v = (
+            q.reshape(shape).transpose(1, 2),
+            k.reshape(shape).transpose(1, 2),
+            v.reshape(shape).transpose(1, 2),
+        )
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)
+        return self.proj(x + lepe)
+
+
+class ConvAttention(nn.Module):
+    """The authors' attention-free ablation (`topk` 0): a 5 x 5 depthwise convolution between two projections."""
+
+    def __init__(self, dim: int, device: Any = None, dtype: Any = None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
+        self.dwconv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.conv2 = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.dwconv(self.conv1(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+
+
+class Zero(nn.Module):
+    """Adds nothing; stands for a convolution that an option leaves out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def local_conv(dim: int, kernel_size: int, device: Any = None, dtype: Any = None) -> nn.Module:
+    """Depthwise convolution that keeps the map's size; none for `kernel_size` 0."""
+    if kernel_size <= 0:
+        return Zero()
+    return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+
+# --- block, stage, network (section 3.3) ------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, and optionally a 3 x 3 depthwise convolution before it."""
+
+    def __init__(self, dim: int, hidden: int, dwconv: bool = False, device: Any = None, dtype: Any = None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd) if dwconv else None
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.dwconv is not None:
+            x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(self.act(x))
+
+
+class BiFormerBlock(nn.Module):
+    """Position, attention, MLP, each with a residual (figure 4)."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float = 3.0,
+        mlp_dwconv: bool = False,
+        before_attn_dwconv: int = 3,
+        pre_norm: bool = True,
+        layer_scale_init_value: float = -1.0,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        scale = layer_scale_init_value
+        self.pre_norm = pre_norm
+        self.pos_embed = local_conv(dim, before_attn_dwconv, **dd) if before_attn_dwconv > 0 else None
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.attn = attn
+        self.ls1 = LayerScale(dim, scale, **dd) if scale > 0 else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), mlp_dwconv, **dd)
+        self.ls2 = LayerScale(dim, scale, **dd) if scale > 0 else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.pre_norm:
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x))))
+        return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
+
+
+class ConvStem(nn.Module):
+    """Two 3 x 3 convolutions of stride 2."""
+
+    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # channels last from here on: the blocks work on (B, H, W, C), and no map is ever laid out anew
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+
+
+class PatchStem(nn.Module):
+    """One 4 x 4 convolution of stride 4 (Swin's layout)."""
+
+    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, dim, 4, stride=4, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
+
+
+class Downsample(nn.Module):
+    """Halves the map between stages: 3 x 3 convolution then norm, or norm then 2 x 2 convolution (Swin's layout)."""
+
+    def __init__(
+        self, in_dim: int, dim: int, norm_first: bool = False, device: Any = None, dtype: Any = None
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm_first = norm_first
+        kernel_size, padding = (2, 0) if norm_first else (3, 1)
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride=2, padding=padding, **dd)
+        self.norm = nn.BatchNorm2d(in_dim if norm_first else dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x)) if self.norm_first else self.norm(self.conv(x))
+
+
+class BiFormerStage(nn.Module):
+    """Downsampling (but for the first stage) and the blocks of one resolution, `(B, C, H, W)` to the same."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+@register_notrace_function
+def check_image(x: Tensor, in_chans: int, smallest: int, multiple: int) -> None:
+    """Refuse images that the network cannot take, and name the nearest sizes that it can."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"expected images of shape (batch, {in_chans}, height, width), got {list(x.shape)}")
+    h, w = x.shape[2], x.shape[3]
+    if h < smallest or w < smallest:
+        raise ValueError(f"images must be at least {smallest} x {smallest} pixels, got {h} x {w}")
+    if multiple > 1 and (h % multiple != 0 or w % multiple != 0):
+        near_h, near_w = max(round(h / multiple), 1) * multiple, max(round(w / multiple), 1) * multiple
+        raise ValueError(
+            f"without auto_pad height and width must be multiples of {multiple}, got {h} x {w}; "
+            f"resize to {near_h} x {near_w}, or build the model with auto_pad=True"
+        )
+
+
+class BiFormer(nn.Module):
+    """BiFormer for images of any size.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: size of the output; 0 for pooled features.
+        global_pool: `avg`, `max`, `avgmax`, `catavgmax`, `fast`, or empty for the map itself.
+        img_size: pixels, or (height, width); only checked, as any size runs (but see `auto_pad`).
+        depths: blocks of each stage.
+        embed_dims: width of each stage.
+        head_dim: width of a head in routed attention.
+        num_heads_full: number of heads where every token attends to every other.
+        n_win: regions per side.
+        topks: regions that each region attends to, by stage; -2 for full attention with LePE, -1 without, 0 for a
+            convolution instead.
+        qk_dims: width of queries and keys by stage; default: `embed_dims`.
+        qk_scale: factor of the scores in routed attention; default: width ** -0.5.
+        mlp_ratios: MLP expansion by stage.
+        mlp_dwconv: 3 x 3 depthwise convolution inside the MLP.
+        side_dwconv: kernel size of LePE, 0 for none.
+        before_attn_dwconv: kernel size of the position convolution, 0 for none.
+        layer_scale_init_value: initial layer scale; none when not positive.
+        pre_norm: LayerNorm before attention and MLP (default) or after their residual.
+        kv_downsample_mode: pooling of keys and values inside a region: `identity`, `maxpool`, `avgpool`,
+            `ada_maxpool`, `ada_avgpool`.
+        kv_per_wins: keys per side and region for the adaptive modes, by stage.
+        kv_downsample_ratios: pooling ratio for the others, by stage.
+        soft_routing, diff_routing, param_routing: see `RegionRouter`.
+        param_attention: `qkvo`, or `qkv` for no output projection.
+        auto_pad: pad maps that `n_win` does not divide; when False such image sizes are refused.
+        swin_layout: Swin-T's stem and merging (`biformer_stl*`).
+        pad_after: padding as in `biformer_stl_nchw`, see `BiLevelRoutingAttention`.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        depths: Sequence[int] = (2, 2, 8, 2),
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        head_dim: int = 32,
+        num_heads_full: int = 8,
+        n_win: int = 7,
+        topks: Sequence[int] = (1, 4, 16, -2),
+        qk_dims: Optional[Sequence[int]] = None,
+        qk_scale: Optional[float] = None,
+        mlp_ratios: Sequence[float] = (3, 3, 3, 3),
+        mlp_dwconv: bool = False,
+        side_dwconv: int = 5,
+        before_attn_dwconv: int = 3,
+        layer_scale_init_value: float = -1.0,
+        pre_norm: bool = True,
+        kv_downsample_mode: str = "identity",
+        kv_per_wins: Sequence[int] = (-1, -1, -1, -1),
+        kv_downsample_ratios: Sequence[int] = (1, 1, 1, 1),
+        soft_routing: bool = False,
+        diff_routing: bool = False,
+        param_routing: bool = False,
+        param_attention: str = "qkvo",
+        auto_pad: bool = True,
+        swin_layout: bool = False,
+        pad_after: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        num_stages = len(depths)
+        qk_dims = qk_dims or embed_dims
+        for name, value in (
+            ("embed_dims", embed_dims), ("topks", topks), ("qk_dims", qk_dims), ("mlp_ratios", mlp_ratios),
+            ("kv_per_wins", kv_per_wins), ("kv_downsample_ratios", kv_downsample_ratios),
+        ):  # fmt: skip
+            if len(value) != num_stages:
+                raise ValueError(
+                    f"{name} must have one entry per stage ({num_stages}, as depths), got {tuple(value)}"
+                )
+        if pad_after and (kv_downsample_mode != "identity" or soft_routing):
+            raise ValueError("pad_after goes with plain routing only, as in the published biformer_stl_nchw")
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.smallest_image = 2 ** (num_stages + 1) if swin_layout else 1
+        # the map of the last routed stage must divide into regions, and with it all the larger ones
+        routed = [i for i, topk in enumerate(topks) if topk > 0]
+        self.image_multiple = 1 if auto_pad or not routed else n_win * 2 ** (routed[-1] + 2)
+
+        def attention(i: int) -> nn.Module:
+            dim = embed_dims[i]
+            if topks[i] == 0:
+                return ConvAttention(dim, **dd)
+            if topks[i] < 0:
+                lepe_of = "none" if topks[i] == -1 else "value" if pad_after else "input"
+                return FullAttention(dim, num_heads_full, side_dwconv, lepe_of, **dd)
+            return BiLevelRoutingAttention(
+                dim,
+                num_heads=qk_dims[i] // head_dim,
+                n_win=n_win,
+                topk=topks[i],
+                qk_dim=qk_dims[i],
+                qk_scale=qk_scale,
+                side_dwconv=side_dwconv,
+                kv_downsample_mode=kv_downsample_mode,
+                kv_per_win=kv_per_wins[i],
+                kv_downsample_ratio=kv_downsample_ratios[i],
+                soft_routing=soft_routing,
+                diff_routing=diff_routing,
+                param_routing=param_routing,
+                param_attention=param_attention,
+                auto_pad=auto_pad,
+                pad_after=pad_after,
+                **dd,
+            )
+
+        self.stem = (PatchStem if swin_layout else ConvStem)(in_chans, embed_dims[0], **dd)
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        self.feature_info = []
+        for i, dim in enumerate(embed_dims):
+            downsample = (
+                Downsample(embed_dims[i - 1], dim, norm_first=swin_layout, **dd) if i else nn.Identity()
+            )
+            blocks = [
+                BiFormerBlock(
+                    dim,
+                    attention(i),
+                    mlp_ratio=mlp_ratios[i],
+                    mlp_dwconv=mlp_dwconv,
+                    before_attn_dwconv=before_attn_dwconv,
+                    pre_norm=pre_norm,
+                    layer_scale_init_value=layer_scale_init_value,
+                    drop_path=drop_path_rates[i][j],
+                    **dd,
+                )
+                for j in range(depths[i])
+            ]
+            stages.append(BiFormerStage(downsample, blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.BatchNorm2d(self.num_features, **dd)
+        self.head = ClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
+        )
+        self.apply(self._init_weights)
+        if img_size is not None:
+            h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
+            check_image(
+                torch.empty(0, in_chans, h, w, device="meta"),
+                in_chans,
+                self.smallest_image,
+                self.image_multiple,
+            )
+
+    @staticmethod
+    def _init_weights(m: nn.Module) -> None:
+        if isinstance(m, nn.Linear):
+            trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay: none beyond biases and norms, which timm finds by itself."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group parameters into layers, for layer-wise learning rates."""
+        return {
+            "stem": r"^stem",
+            "blocks": r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: recompute the blocks' activations in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier; the pooling stays unless `global_pool` says otherwise."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Feature maps of the stages, `(B, C, H, W)`.
+
+        Args:
+            x: images `(B, C, H, W)`.
+            indices: which stages: the last n if an integer, all if None.
+            norm: apply the final norm to the last stage's map.
+            stop_early: skip the stages after the last one wanted.
+            output_fmt: `NCHW` only.
+            intermediates_only: leave the final features out.
+        """
+        assert output_fmt == "NCHW", "output_fmt must be NCHW"
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        x = self.forward_stem(x)
+        last = len(self.stages) - 1
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(self.norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        if i == last:
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Drop what `forward_intermediates` does not need for these stages; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()  # it belongs to the last stage
+        self.stages = self.stages[: max_index + 1]
+        if prune_end:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` to the map that enters stage 1."""
+        check_image(x, self.in_chans, self.smallest_image, self.image_multiple)
+        return self.stem(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` to the last, normalised map `(B, C', H / 32, W / 32)`."""
+        return self.norm(self.stages(self.forward_stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map to logits, or to the classifier's input."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` to logits `(B, num_classes)`."""
+        return self.forward_head(self.forward_features(x))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+# the authors' names, by pattern; order matters
+_RENAMES = (
+    (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.attn\.qkv\.qkv\.", ".attn.qkv."),
+    (r"\.attn\.wo\.", ".attn.proj."),
+    (r"\.attn\.qkv_linear\.", ".attn.qkv."),
+    (r"\.attn\.output_linear\.", ".attn.proj."),
+    (r"\.attn\.1\.", ".attn.conv1."),
+    (r"\.attn\.2\.", ".attn.dwconv."),
+    (r"\.attn\.3\.", ".attn.conv2."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.1\.dwconv\.", ".mlp.dwconv."),
+    (r"\.mlp\.[23]\.", ".mlp.fc2."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+_CONV_LAYOUT = {
+    "stages.0.downsample.0.": "stem.conv1.",
+    "stages.0.downsample.1.": "stem.norm1.",
+    "stages.0.downsample.3.": "stem.conv2.",
+    "stages.0.downsample.4.": "stem.norm2.",
+    ".downsample.0.": ".downsample.conv.",
+    ".downsample.1.": ".downsample.norm.",
+}
+_SWIN_LAYOUT = {
+    "stages.0.downsample.0.": "stem.conv.",
+    "stages.0.downsample.1.": "stem.norm.",
+    ".downsample.0.": ".downsample.norm.",
+    ".downsample.1.": ".downsample.conv.",
+}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Turn the authors' checkpoint layouts into ours; ours passes through. Refuses what does not fit the model."""
+    state_dict = dict(state_dict)
+    if any(key.startswith("downsample_layers.") for key in state_dict):
+        layout = _CONV_LAYOUT if "downsample_layers.0.3.weight" in state_dict else _SWIN_LAYOUT
+        renamed = {}
+        for key, value in state_dict.items():
+            for pattern, replacement in _RENAMES:
+                key = re.sub(pattern, replacement, key)
+            for old, new in layout.items():
+                key = key.replace(old, new)
+            renamed[key] = value
+        state_dict = renamed
+    # the authors' later rewrite has 1 x 1 convolutions where we have linear layers
+    for key, value in model.state_dict().items():
+        if value.dim() == 2 and key in state_dict and state_dict[key].shape[2:] == (1, 1):
+            state_dict[key] = state_dict[key].flatten(1)
+    return check_state_dict(state_dict, model)
+
+
+def _create_biformer(variant: str, pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs.get("depths", (2, 2, 8, 2))))))
+    return build_model(
+        BiFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
+        **kwargs,
+    )
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "mit",
+        "paper_ids": "arXiv:2303.08810",
+        "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
+        "origin_url": "https://github.com/rayleizhu/BiFormer",
+        **kwargs,
+    }
+
+
+_SHARES = "https://api.onedrive.com/v1.0/shares/"
+default_cfgs = generate_default_cfgs(
+    {
+        "biformer_tiny.in1k": _cfg(_SHARES + "s!AkBbczdRlZvChHEOoGkgwgQzEDlM/root/content"),
+        "biformer_small.in1k": _cfg(_SHARES + "s!AkBbczdRlZvChHDyM-x9KWRBZ832/root/content"),
+        "biformer_base.in1k": _cfg(_SHARES + "s!AkBbczdRlZvChHI_XPhoadjaNxtO/root/content"),
+        "biformer_stl.in1k": _cfg(
+            _SHARES + "s!AkBbczdRlZvChSf-m7ujkvx9lIQ1/root/content", first_conv="stem.conv"
+        ),
+        "biformer_stl_nchw.in1k": _cfg(
+            _SHARES + "s!AkBbczdRlZvChWYrKbWbMgqd2Ai0/root/content", first_conv="stem.conv"
+        ),
+    }
+)
+
+_SWIN_T = {
+    "depths": (2, 2, 6, 2),
+    "embed_dims": (96, 192, 384, 768),
+    "mlp_ratios": (4, 4, 4, 4),
+    "before_attn_dwconv": 0,
+    "swin_layout": True,
+}
+
+
+@register_model
+def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-T: 13.1 M parameters, 2.2 GMAC, 81.4% top-1 (published)."""
+    model_args = {"depths": (2, 2, 8, 2), "embed_dims": (64, 128, 256, 512)}
+    return _create_biformer("biformer_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def biformer_small(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-S: 25.5 M parameters, 4.5 GMAC, 83.8% top-1 (published)."""
+    model_args = {"depths": (4, 4, 18, 4), "embed_dims": (64, 128, 256, 512)}
+    return _create_biformer("biformer_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def biformer_base(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-B: 56.8 M parameters, 9.8 GMAC, 84.3% top-1 (published)."""
+    model_args = {"depths": (4, 4, 18, 4), "embed_dims": (96, 192, 384, 768)}
+    return _create_biformer("biformer_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-STL, in Swin-T's layout: 28.4 M parameters, 4.6 GMAC, 82.7% top-1 (published)."""
+    return _create_biformer("biformer_stl", pretrained, **dict(_SWIN_T, **kwargs))
+
+
+@register_model
+def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """The authors' rewrite of BiFormer-STL: same figures, other padding, LePE of the values in stage 4."""
+    model_args = dict(_SWIN_T, pad_after=True)
+    return _create_biformer("biformer_stl_nchw", pretrained, **dict(model_args, **kwargs))
