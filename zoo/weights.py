@@ -136,7 +136,7 @@ def build_model(
         cfg = pretrained_cfg if pretrained_cfg is not None else get_pretrained_cfg(variant)
         cfg = cfg if isinstance(cfg, dict) else cfg.to_dict() if hasattr(cfg, "to_dict") else {}
         source = {**cfg, **overlay}
-        if not source.get("state_dict"):
+        if not source.get("state_dict") and source.get("source") not in ("hf-hub", "local-dir"):
             if source.get("file"):
                 overlay["state_dict"] = read_checkpoint(source["file"])
             elif source.get("url") and not source.get("hf_hub_id"):
