@@ -384,8 +384,9 @@ def _check(
 
 
 def _holds_values(x: Tensor) -> bool:
-    """Whether the routes can be read: on the CPU, and not while a graph is being captured."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
+    """Whether routes can be read here and now: on the CPU, and not while a graph is captured or transformed."""
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_transform()
+    return x.device.type == "cpu" and not captured and type(x) is Tensor
 
 
 def routed_attention(
@@ -428,16 +429,17 @@ def routed_attention(
     """
     if kv_region_size is None:
         kv_region_size = region_size
+    if not torch.jit.is_scripting():
+        region_size, kv_region_size = concrete(region_size), concrete(kv_region_size)
+        _check(q, k, v, routes, weights, region_size, kv_region_size, num_heads)
+        if _holds_values(routes):
+            check_routes_in_range(routes, partition_count(k, kv_region_size))
     if scale is None:
-        scale = (q.shape[3] // max(num_heads, 1)) ** -0.5
+        scale = (q.shape[3] // num_heads) ** -0.5
     if torch.jit.is_scripting():
         return torch.ops.vitrail.routed_attention(
             q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale
         )[0]
-    region_size, kv_region_size = concrete(region_size), concrete(kv_region_size)
-    _check(q, k, v, routes, weights, region_size, kv_region_size, num_heads)
-    if _holds_values(routes):
-        check_routes_in_range(routes, partition_count(k, kv_region_size))
     if library.mode() == "reference":
         return reference(q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale)
     op = _Function.apply if _in_transform() else torch.ops.vitrail.routed_attention

@@ -28,29 +28,20 @@ from timm.layers import (
     DropPath,
     LayerScale,
     calculate_drop_path_rates,
-    get_device_dtype,
     trunc_normal_,
 )
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_function
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..ops import region_route, routed_attention
 from ..ops.regions import merge, partition, region_means
+from .layers import StagedBackbone, check_image, depthwise_conv, pad_to_multiple
 from .weights import build_model, check_state_dict
 
 for _function in (region_route, routed_attention, region_means, partition, merge):
     register_notrace_function(_function)  # they branch on sizes, which torch.fx cannot follow
 
 # --- bi-level routing attention (section 3.2) -------------------------------------------------------------------------
-
-
-@register_notrace_function
-def pad_to_multiple(x: Tensor, n: int) -> Tensor:
-    """Pad a `(B, H, W, C)` map with zeros at the bottom and right so that `n` divides its height and width."""
-    h, w = x.shape[1], x.shape[2]
-    pad_h, pad_w = (h + n - 1) // n * n - h, (w + n - 1) // n * n - w
-    return F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h != 0 or pad_w != 0 else x
 
 
 @register_notrace_function
@@ -143,7 +134,7 @@ class KeyValuePool(nn.Module):
 
     def forward(self, x: Tensor, region_size: List[int]) -> Tuple[Tensor, List[int]]:
         """Pool `(B, H, W, C)` inside each region; returns the smaller map and the size of its regions."""
-        b, h, w, c = x.shape
+        b, h, w = x.shape[:3]
         nh, nw = h // region_size[0], w // region_size[1]
         regions = partition(x, region_size).flatten(0, 1).transpose(1, 2)
         pooled = self.pool(regions.unflatten(2, (region_size[0], region_size[1])))
@@ -206,7 +197,7 @@ class BiLevelRoutingAttention(nn.Module):
             kv_downsample_mode != "identity" and kv_downsample_ratio != 1
         )
         self.kv_pool = KeyValuePool(kv_downsample_mode, kv_per_win, kv_downsample_ratio) if has_pool else None
-        self.lepe = local_conv(dim, side_dwconv, **dd)
+        self.lepe = depthwise_conv(dim, side_dwconv, **dd) if side_dwconv > 0 else None
         self.proj = nn.Linear(dim, dim, **dd) if param_attention == "qkvo" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,7 +207,7 @@ class BiLevelRoutingAttention(nn.Module):
         region_size = region_size_of(x, self.n_win)
         q, k, v = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
         routes, weights = self.router(q, k, region_size)
-        lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        values = v
         kv_region_size = region_size
         if self.kv_pool is not None:
             kv, kv_region_size = self.kv_pool(torch.cat([k, v], dim=-1), region_size)
@@ -224,7 +215,9 @@ class BiLevelRoutingAttention(nn.Module):
         x = routed_attention(
             q, k, v, routes, region_size, self.num_heads, self.scale, kv_region_size, weights
         )
-        return self.proj((x + lepe)[:, :h, :w])
+        if self.lepe is not None:
+            x = x + self.lepe(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(x[:, :h, :w])
 
 
 class FullAttention(nn.Module):
@@ -248,13 +241,13 @@ class FullAttention(nn.Module):
         self.num_heads = num_heads
         self.lepe_of_input = lepe_of == "input"
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.lepe = local_conv(dim, 0 if lepe_of == "none" else side_dwconv, **dd)
+        self.lepe = depthwise_conv(dim, side_dwconv, **dd) if lepe_of != "none" and side_dwconv > 0 else None
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        lepe = self.lepe((x if self.lepe_of_input else v).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        local = x if self.lepe_of_input else v
         shape = (b, h * w, self.num_heads, c // self.num_heads)
         q, k, v = (
             q.reshape(shape).transpose(1, 2),
@@ -262,7 +255,9 @@ class FullAttention(nn.Module):
             v.reshape(shape).transpose(1, 2),
         )
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)
-        return self.proj(x + lepe)
+        if self.lepe is not None:
+            x = x + self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(x)
 
 
 class ConvAttention(nn.Module):
@@ -272,25 +267,11 @@ class ConvAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
-        self.dwconv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.dwconv = depthwise_conv(dim, 5, **dd)
         self.conv2 = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.dwconv(self.conv1(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
-
-
-class Zero(nn.Module):
-    """Adds nothing; stands for a convolution that an option leaves out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-
-def local_conv(dim: int, kernel_size: int, device: Any = None, dtype: Any = None) -> nn.Module:
-    """Depthwise convolution that keeps the map's size; none for `kernel_size` 0."""
-    if kernel_size <= 0:
-        return Zero()
-    return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
 
 # --- block, stage, network (section 3.3) ------------------------------------------------------------------------------
@@ -303,7 +284,7 @@ class Mlp(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd) if dwconv else None
+        self.dwconv = depthwise_conv(hidden, 3, **dd) if dwconv else None
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
@@ -334,7 +315,7 @@ class BiFormerBlock(nn.Module):
         dd = {"device": device, "dtype": dtype}
         scale = layer_scale_init_value
         self.pre_norm = pre_norm
-        self.pos_embed = local_conv(dim, before_attn_dwconv, **dd) if before_attn_dwconv > 0 else None
+        self.pos_embed = depthwise_conv(dim, before_attn_dwconv, **dd) if before_attn_dwconv > 0 else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = attn
         self.ls1 = LayerScale(dim, scale, **dd) if scale > 0 else nn.Identity()
@@ -419,23 +400,7 @@ class BiFormerStage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-@register_notrace_function
-def check_image(x: Tensor, in_chans: int, smallest: int, multiple: int) -> None:
-    """Refuse images that the network cannot take, and name the nearest sizes that it can."""
-    if x.dim() != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"expected images of shape (batch, {in_chans}, height, width), got {list(x.shape)}")
-    h, w = x.shape[2], x.shape[3]
-    if h < smallest or w < smallest:
-        raise ValueError(f"images must be at least {smallest} x {smallest} pixels, got {h} x {w}")
-    if multiple > 1 and (h % multiple != 0 or w % multiple != 0):
-        near_h, near_w = max(round(h / multiple), 1) * multiple, max(round(w / multiple), 1) * multiple
-        raise ValueError(
-            f"without auto_pad height and width must be multiples of {multiple}, got {h} x {w}; "
-            f"resize to {near_h} x {near_w}, or build the model with auto_pad=True"
-        )
-
-
-class BiFormer(nn.Module):
+class BiFormer(StagedBackbone):
     """BiFormer for images of any size.
 
     Args:
@@ -600,112 +565,6 @@ class BiFormer(nn.Module):
             trunc_normal_(m.weight, std=0.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay: none beyond biases and norms, which timm finds by itself."""
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters into layers, for layer-wise learning rates."""
-        return {
-            "stem": r"^stem",
-            "blocks": r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: recompute the blocks' activations in the backward pass."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier; the pooling stays unless `global_pool` says otherwise."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Feature maps of the stages, `(B, C, H, W)`.
-
-        Args:
-            x: images `(B, C, H, W)`.
-            indices: which stages: the last n if an integer, all if None.
-            norm: apply the final norm to the last stage's map.
-            stop_early: skip the stages after the last one wanted.
-            output_fmt: `NCHW` only.
-            intermediates_only: leave the final features out.
-        """
-        assert output_fmt == "NCHW", "output_fmt must be NCHW"
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        x = self.forward_stem(x)
-        last = len(self.stages) - 1
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(self.norm(x) if norm and i == last else x)
-        if intermediates_only:
-            return intermediates
-        if i == last:
-            x = self.norm(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> List[int]:
-        """Drop what `forward_intermediates` does not need for these stages; returns their indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        if prune_norm or prune_end:
-            self.norm = nn.Identity()  # it belongs to the last stage
-        self.stages = self.stages[: max_index + 1]
-        if prune_end:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_stem(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` to the map that enters stage 1."""
-        check_image(x, self.in_chans, self.smallest_image, self.image_multiple)
-        return self.stem(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` to the last, normalised map `(B, C', H / 32, W / 32)`."""
-        return self.norm(self.stages(self.forward_stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map to logits, or to the classifier's input."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` to logits `(B, num_classes)`."""
-        return self.forward_head(self.forward_features(x))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
