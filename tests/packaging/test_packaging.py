@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.long]
 INQUIRY = """
 import importlib.metadata, importlib.resources, json, sys
 import vitrail
-heavy = [m for m in ("fvcore", "matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn") if m in sys.modules]
+loaded = set(sys.modules)
 import timm
 def files(folder):
     for entry in folder.iterdir():
@@ -39,7 +39,7 @@ print(json.dumps({
     "models": timm.list_models("biformer*"),
     "csrc": sorted(files(importlib.resources.files("vitrail.csrc"))),
     "configs": sorted(files(importlib.resources.files("vitrail.configs"))),
-    "heavy": heavy,
+    "heavy": sorted(loaded & {"fvcore", "matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn"}),
 }))
 """
 

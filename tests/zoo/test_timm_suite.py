@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import timm
-from filelock import FileLock
-
 import vitrail.zoo
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".timm"
@@ -28,13 +27,24 @@ TOLERATED = "absent, so silently not checked: set_input_size (resize keeps froze
 
 def download(version: str, directory: Path) -> Path:
     """The sdist of timm, by pip (which checks the index's hash); tries three times."""
-    command = [sys.executable, "-m", "pip", "download", f"timm=={version}", "--no-deps", "--no-binary", "timm"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        f"timm=={version}",
+        "--no-deps",
+        "--no-binary",
+        "timm",
+    ]
     for attempt in range(3):
         time.sleep(5 * attempt)
         result = subprocess.run([*command, "--dest", directory], capture_output=True, text=True)
         if result.returncode == 0:
             return next(directory.glob("timm-*.tar.gz"))
-    pytest.fail(f"cannot fetch the source package of timm {version}, which carries its tests:\n{result.stderr}")
+    pytest.fail(
+        f"cannot fetch the source package of timm {version}, which carries its tests:\n{result.stderr}"
+    )
 
 
 @pytest.fixture(scope="session")
