@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import timm
-import vitrail.zoo
 from filelock import FileLock
+
+import vitrail.zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".timm"
