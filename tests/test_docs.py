@@ -48,6 +48,7 @@ def shell_lines() -> list[list[str]]:
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
+@pytest.mark.long
 def test_the_snippets_of_the_readme_run_one_after_the_other(tmp_path):
     code = "\n".join(blocks("python"))
     assert "timm.create_model" in code
