@@ -1,0 +1,56 @@
+# Everything starts from a machine with Python and nothing else; `make` lists what there is.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h')
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-all lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(READY) ## make .venv with vitrail (editable) and the development tools
+
+demo: $(READY) ## a photo through biformer_tiny: features, routing picture, verified ONNX file, speed
+	$(BIN)/vitrail demo
+
+test: $(READY) ## the tests, in under ten minutes on two cores
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY) ## the tests and those that take minutes each
+	$(PYTEST)
+
+lint: $(READY) ## ruff, mypy, clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/typecheck.py
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(READY) ## ruff's fixes and formatting, clang-format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(READY) ## time and memory of the operators against stock PyTorch
+	$(BIN)/python benchmarks/operators.py
+
+clean: ## remove build outputs and caches; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .timm
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# Reinstalled only when pyproject.toml is newer. The stamp comes last, so an interrupted installation starts again.
+$(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "error: no $(PYTHON) here: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $$($(PYTHON) --version 2>&1), 3.10 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "error: $(PYTHON) has no venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	@touch $@
