@@ -28,6 +28,7 @@ class RoutedRegions {
     VITRAIL_INLINE int64_t query_blocks() const { return q_.count * parts_; }
     VITRAIL_INLINE int64_t key_blocks() const { return k_.count; }
     VITRAIL_INLINE int64_t keys_per_block() const { return k_.size; }
+    VITRAIL_INLINE int64_t visits() const { return query_blocks() * topk_; }  // of one image
     VITRAIL_INLINE bool weighted() const { return weights_ != nullptr; }
 
     // Writes the positions of a block's queries that lie on the grid; returns how many.

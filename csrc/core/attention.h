@@ -140,13 +140,19 @@ class QueryBlock {
             values_[groups_] = values + first * layout_.value_row;
             count_[groups_] = count;
             if (weighted_) store(lane_weight_ + groups_ * g, broadcast<T, g>(weight));
-            partial_ |= count < g;
+            store(lane_mask_ + groups_ * g, Vec<T, g>{});
+            if (count < g) {
+                for (int lane = count; lane < g; ++lane)
+                    lane_mask_[groups_ * g + lane] = -T(__builtin_inf());
+                partial_ = true;
+            }
             ++groups_;
         }
     }
 
-    VITRAIL_INLINE void end() {
-        if (groups_ > 0) flush();
+    // Takes the keys visited so far into the result; their packed form may then be overwritten.
+    VITRAIL_INLINE void flush() {
+        if (groups_ > 0) attend();
     }
 
     template <class S>
@@ -168,18 +174,15 @@ class QueryBlock {
         return G == 1 ? round_up(layout.head_dim, 4) : layout.panel;
     }
 
-    // Takes the waiting groups of keys into the result of every row.
-    __attribute__((noinline)) void flush() {
+    __attribute__((noinline)) void attend() {
         const int lanes = groups_ * g;
         const int padded = int(round_up(lanes, W));
-        partial_ |= padded > lanes;
-        if (partial_) {
-            for (int lane = 0; lane < padded; ++lane)
-                lane_mask_[lane] =
-                    lane < lanes && lane % g < count_[lane / g] ? T(0) : -T(__builtin_inf());
-        }
-        if (weighted_)
-            for (int lane = lanes; lane < padded; ++lane) lane_weight_[lane] = 0;
+        if (padded > lanes) partial_ = true;
+        if (weighted_ || partial_)
+            for (int lane = lanes; lane < padded; lane += 4) {
+                store(lane_weight_ + lane, Vec<T, 4>{});
+                store(lane_mask_ + lane, broadcast<T, 4>(-T(__builtin_inf())));
+            }
         for (int row = 0; row < rows_; row += kRows) {
             score(q_ + row * query_row_);
             T rescale[kRows];

@@ -61,6 +61,10 @@ VITRAIL_INLINE void store(T* to, const V& v) {
     __builtin_memcpy(to, &v, sizeof(v));
 }
 
+VITRAIL_INLINE void prefetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
 template <class T, int N = kLanes<T>>
 VITRAIL_INLINE Vec<T, N> broadcast(T x) {
     return x - Vec<T, N>{};

@@ -30,12 +30,12 @@ constexpr int64_t kPackedBytesPerThread = int64_t(1) << 20;
 constexpr int64_t kPackGrain = int64_t(1) << 15, kAttendGrain = int64_t(1) << 18;
 constexpr int64_t kMaxExtent = std::numeric_limits<int32_t>::max();
 
-template <class... Parts>
+template <class Error = std::runtime_error, class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
     std::ostringstream message;
     message << "routed_attention: ";
     (message << ... << parts);
-    throw std::runtime_error(message.str());
+    throw Error(message.str());
 }
 
 std::string shape_of(const Tensor& t) {
@@ -136,7 +136,7 @@ template <class Index>
 std::vector<int32_t> checked_routes(const Tensor& routes, int64_t regions) {
     return copy_slots<int32_t, Index>(routes, [&](Index route, int64_t b, int64_t r, int64_t j) {
         if (route < 0 || route >= regions)
-            fail("routes[", b, ", ", r, ", ", j, "] is ", int64_t(route), ", but there are ", regions,
+            fail<std::out_of_range>("routes[", b, ", ", r, ", ", j, "] is ", int64_t(route), ", but there are ", regions,
                  " key regions: allowed are 0 to ", regions - 1);
         return int32_t(route);
     });
@@ -169,24 +169,27 @@ struct AlignedBuffer {
 void run(const RoutedAttention& a, int64_t images) {
     const Backend& kernel = backend();
     const Plan plan = kernel.plan(a);
-    const int64_t budget = kPackedBytesPerThread * torch::stable::get_num_threads();
-    const int64_t together = std::clamp<int64_t>(budget / plan.packed_image, 1, images);
-    AlignedBuffer packed(together * plan.packed_image);
-
     const int64_t channels = a.head_dim + a.value_dim;
     const int64_t rows = std::min<int64_t>(a.q_regions.size, 64);
     const int64_t keys = a.k_regions.size;
     const int64_t pack_grain = std::max<int64_t>(1, kPackGrain / (keys * channels));
     const int64_t attend_grain = std::max<int64_t>(1, kAttendGrain / (rows * keys * a.topk * channels));
+    const auto attend = [&](int64_t first, int64_t count, const void* packed) {
+        torch::stable::parallel_for(0, count * plan.attend_tasks, attend_grain, [&](int64_t begin, int64_t end) {
+            AlignedBuffer scratch(plan.scratch);
+            kernel.attend(a, first, packed, scratch.data, begin, end);
+        });
+    };
+    if (plan.pack_tasks == 0) return attend(0, images, nullptr);
+    const int64_t budget = kPackedBytesPerThread * torch::stable::get_num_threads();
+    const int64_t together = std::clamp<int64_t>(budget / plan.packed_image, 1, images);
+    AlignedBuffer packed(together * plan.packed_image);
     for (int64_t first = 0; first < images; first += together) {
         const int64_t count = std::min(together, images - first);
         torch::stable::parallel_for(0, count * plan.pack_tasks, pack_grain, [&](int64_t begin, int64_t end) {
             kernel.pack(a, first, packed.data, begin, end);
         });
-        torch::stable::parallel_for(0, count * plan.attend_tasks, attend_grain, [&](int64_t begin, int64_t end) {
-            AlignedBuffer scratch(plan.scratch);
-            kernel.attend(a, first, packed.data, scratch.data, begin, end);
-        });
+        attend(first, count, packed.data);
     }
 }
 

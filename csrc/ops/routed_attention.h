@@ -33,7 +33,7 @@ struct RoutedAttention {
     double scale;
 };
 
-// Sizes in bytes, and how many tasks one image gives.
+// Sizes in bytes, and how many tasks one image gives. Nothing is packed ahead where pack_tasks is 0.
 struct Plan {
     int64_t packed_image, scratch;
     int64_t pack_tasks, attend_tasks;
@@ -44,7 +44,7 @@ struct Backend {
     Plan (*plan)(const RoutedAttention&);
     // Packs keys and values of the images from `image` on: tasks [begin, end) of them all.
     void (*pack)(const RoutedAttention&, int64_t image, void* packed, int64_t begin, int64_t end);
-    // Computes outputs from what was packed; `scratch` belongs to the caller's thread.
+    // Computes outputs from what was packed (null: packs what it needs); `scratch` belongs to the caller's thread.
     void (*attend)(const RoutedAttention&, int64_t image, const void* packed, void* scratch, int64_t begin,
                    int64_t end);
 };

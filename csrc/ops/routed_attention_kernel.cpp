@@ -23,30 +23,38 @@ struct Kernel {
 
     static Plan plan(const RoutedAttention& a) {
         const RoutedRegions<T> policy(a);
-        const int64_t block = layout(a).size(), scratch = QueryBlock<T, G>::scratch_size(layout(a));
-        return {int64_t(sizeof(T)) * policy.key_blocks() * a.heads * block, int64_t(sizeof(T)) * scratch,
-                policy.key_blocks() * a.heads, policy.query_blocks() * a.heads};
+        const int64_t block = layout(a).size();
+        // Keys that are visited once on average are packed on the way: they are still in cache when used.
+        const int64_t ahead = policy.visits() > policy.key_blocks() ? policy.key_blocks() * a.heads : 0;
+        const int64_t scratch = QueryBlock<T, G>::scratch_size(layout(a)) + (ahead > 0 ? 0 : block);
+        return {int64_t(sizeof(T)) * ahead * block, int64_t(sizeof(T)) * scratch, ahead,
+                policy.query_blocks() * a.heads};
+    }
+
+    static void pack_block(const RoutedAttention& a, const RoutedRegions<T>& policy, const Layout& block,
+                           int64_t image, int64_t key_block, int64_t head, T* to) {
+        constexpr int g = Layout::kGroup;
+        for (int64_t first = 0; first < block.keys; first += g) {
+            const int count = block.keys - first < g ? int(block.keys - first) : g;
+            Position position[g];
+            const S *k[g], *v[g];
+            policy.keys(key_block, first, count, position);
+            for (int i = 0; i < count; ++i) {
+                k[i] = row(a.k, image, position[i], head * a.head_dim);
+                v[i] = row(a.v, image, position[i], head * a.value_dim);
+            }
+            pack_group(block, k, v, first, count, to);
+        }
     }
 
     // Heads run fastest, so that neighbouring tasks read and write neighbouring channels.
     static void pack(const RoutedAttention& a, int64_t image, void* packed, int64_t begin, int64_t end) {
         const RoutedRegions<T> policy(a);
         const Layout block = layout(a);
-        constexpr int g = Layout::kGroup;
         for (int64_t task = begin; task < end; ++task) {
-            const int64_t head = task % a.heads, at = task / a.heads;
-            const int64_t source = image + at / policy.key_blocks();
-            for (int64_t first = 0; first < block.keys; first += g) {
-                const int count = block.keys - first < g ? int(block.keys - first) : g;
-                Position position[g];
-                const S *k[g], *v[g];
-                policy.keys(at % policy.key_blocks(), first, count, position);
-                for (int i = 0; i < count; ++i) {
-                    k[i] = row(a.k, source, position[i], head * a.head_dim);
-                    v[i] = row(a.v, source, position[i], head * a.value_dim);
-                }
-                pack_group(block, k, v, first, count, static_cast<T*>(packed) + task * block.size());
-            }
+            const int64_t at = task / a.heads;
+            pack_block(a, policy, block, image + at / policy.key_blocks(), at % policy.key_blocks(),
+                       task % a.heads, static_cast<T*>(packed) + task * block.size());
         }
     }
 
@@ -55,6 +63,7 @@ struct Kernel {
         const RoutedRegions<T> policy(a);
         const Layout block = layout(a);
         QueryBlock<T, G> queries(block, policy.weighted(), static_cast<T*>(scratch));
+        T* const local = static_cast<T*>(scratch) + queries.scratch_size(block);
         for (int64_t task = begin; task < end; ++task) {
             const int64_t head = task % a.heads, at = task / a.heads;
             const int64_t ahead = at / policy.query_blocks(), source = image + ahead;
@@ -65,10 +74,16 @@ struct Kernel {
             for (int r = 0; r < rows; ++r)
                 queries.load_query(r, row(a.q, source, position[r], head * a.head_dim), T(a.scale));
             policy.for_each_visit(source, at % policy.query_blocks(), [&](int64_t key_block, T weight) {
-                const int64_t index = (ahead * policy.key_blocks() + key_block) * a.heads + head;
-                queries.visit(static_cast<const T*>(packed) + index * block.size(), weight);
+                if (packed) {
+                    const int64_t index = (ahead * policy.key_blocks() + key_block) * a.heads + head;
+                    queries.visit(static_cast<const T*>(packed) + index * block.size(), weight);
+                } else {
+                    pack_block(a, policy, block, source, key_block, head, local);
+                    queries.visit(local, weight);
+                    queries.flush();
+                }
             });
-            queries.end();
+            queries.flush();
             for (int r = 0; r < rows; ++r) {
                 const S* out = row(a.out, source, position[r], head * a.value_dim);
                 queries.store_output(r, const_cast<S*>(out));
