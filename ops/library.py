@@ -1,15 +1,15 @@
 """The compiled library: which path the operators take, and how the library is found, built and loaded.
 
 The library is plain C++ on the LibTorch stable ABI, without a Python ABI. In this order it is taken from
-`VITRAIL_LIBRARY` (a path), from the package itself (a wheel may carry it), or from the cache, into which it is
-compiled at first use; never at import. Where none of that works, one warning says why, and the PyTorch
+`VITRAIL_LIBRARY` (a path), from the package itself (a wheel may carry it), or from the cache, into which it
+is compiled at first use; never at import. Where none of that works, one warning says why, and the PyTorch
 definitions run instead.
 
 Environment:
     VITRAIL_OPS           `auto` (compiled where possible), `fused` (compiled or an error) or `reference`.
     VITRAIL_BUILD         `0` forbids compiling at first use.
     VITRAIL_LIBRARY       path of a library to load instead of any other.
-    VITRAIL_CACHE         where compiled libraries are kept; default $XDG_CACHE_HOME/vitrail, ~/.cache/vitrail.
+    VITRAIL_CACHE         where libraries are kept; default $XDG_CACHE_HOME/vitrail or ~/.cache/vitrail.
     VITRAIL_LOCK_TIMEOUT  seconds to wait for another process that is compiling; default 300.
     CXX                   the compiler; default: the first of c++, g++, clang++.
 """
@@ -130,7 +130,8 @@ def find_compiler() -> Compiler:
         raise BuildError(f"the C++ compiler {named[0]!r}, named by CXX, was not found; correct or unset CXX")
     raise BuildError(
         "no C++ compiler was found; install one (Debian, Ubuntu: apt install g++; "
-        "Fedora: dnf install gcc-c++; macOS: xcode-select --install; conda: conda install cxx-compiler) or name it in CXX"
+        "Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
+        "conda: conda install cxx-compiler) or name it in CXX"
     )
 
 
