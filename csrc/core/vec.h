@@ -1,0 +1,150 @@
+// Vectors of the instruction set that this translation unit is compiled for.
+//
+// Everything here lives in a namespace named after the instruction set (VITRAIL_ISA) and is forced inline:
+// two units compiled with different flags must never share a function, or the linker could pick the wide
+// one for a narrow machine. For the same reason no standard library function is called from here.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#define VITRAIL_INLINE inline __attribute__((always_inline))
+
+namespace vitrail::VITRAIL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileVectors = 4;  // vectors a micro-kernel holds per query row, by the number of registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileVectors = 2;
+#else
+constexpr int kVectorBytes = 16;
+#if defined(__aarch64__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+#endif
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+    using type = uint32_t;
+};
+template <>
+struct BitsOf<double> {
+    using type = uint64_t;
+};
+
+template <class T, int N>
+struct VecOf {
+    typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Vec = typename VecOf<T, N>::type;
+
+// At least four lanes, which packing and the row reductions count on; the compiler splits what is too wide.
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T)) < 4 ? 4 : kVectorBytes / int(sizeof(T));
+
+template <class T, int N = kLanes<T>>
+VITRAIL_INLINE Vec<T, N> load(const T* from) {
+    Vec<T, N> v;
+    __builtin_memcpy(&v, from, sizeof(v));
+    return v;
+}
+
+template <class T, class V>
+VITRAIL_INLINE void store(T* to, const V& v) {
+    __builtin_memcpy(to, &v, sizeof(v));
+}
+
+VITRAIL_INLINE void prefetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+template <class T, int N = kLanes<T>>
+VITRAIL_INLINE Vec<T, N> broadcast(T x) {
+    return x - Vec<T, N>{};
+}
+
+// NaN in `b` wins, so that it reaches the result.
+template <class V>
+VITRAIL_INLINE V maximum(V a, V b) {
+    return a > b ? a : b;
+}
+
+struct Add {
+    template <class V>
+    VITRAIL_INLINE V operator()(V a, V b) const {
+        return a + b;
+    }
+};
+struct Max {
+    template <class V>
+    VITRAIL_INLINE V operator()(V a, V b) const {
+        return maximum(a, b);
+    }
+};
+
+// The lanes of (a, b) cut into blocks of `Block` lanes: the blocks with even (Odd = 0) or odd numbers.
+template <class T, int N, int Block, int Odd, int... I>
+VITRAIL_INLINE Vec<T, N> every_other(Vec<T, N> a, Vec<T, N> b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (I / Block * 2 * Block + I % Block + Odd * Block)...);
+#else
+    using Index = typename BitsOf<T>::type;
+    return __builtin_shuffle(a, b, Vec<Index, N>{Index(I / Block * 2 * Block + I % Block + Odd * Block)...});
+#endif
+}
+
+// Combines neighbouring blocks of (a, b): 2N lanes become N.
+template <int Block, class T, int N = kLanes<T>, class Op>
+VITRAIL_INLINE Vec<T, N> fold(Vec<T, N> a, Vec<T, N> b, Op op) {
+    const std::make_integer_sequence<int, N> lanes;
+    return op(every_other<T, N, Block, 0>(a, b, lanes), every_other<T, N, Block, 1>(a, b, lanes));
+}
+
+// Reduces each of four vectors to one number; lanes 0..3 of the result hold them.
+template <class T, class Op, int N = kLanes<T>>
+VITRAIL_INLINE Vec<T, N> reduce_rows(const Vec<T, N> (&v)[4], Op op) {
+    Vec<T, N> x =
+        fold<N / 4, T>(fold<N / 2, T>(v[0], v[1], op), fold<N / 2, T>(v[2], v[3], op), op);
+    if constexpr (N >= 16) x = fold<N / 8, T>(x, x, op);
+    if constexpr (N >= 8) x = fold<1, T>(x, x, op);
+    return x;
+}
+
+// 2^x for x <= 0. Below the range of normal numbers it is exactly 0; NaN stays NaN.
+// The magic number rounds x to an integer n, whose bits then sit at the bottom of t; the polynomial is 2^f on
+// [-1/2, 1/2] (float: fitted, 1 ulp; double: the exponential series, 1e-16).
+template <int N>
+VITRAIL_INLINE Vec<float, N> exp2_negative(Vec<float, N> x) {
+    using Bits = Vec<uint32_t, N>;
+    x = maximum(broadcast<float, N>(-127.0f), x);
+    const Vec<float, N> t = x + 0x1.8p23f;
+    const Vec<float, N> f = x - (t - 0x1.8p23f);
+    Vec<float, N> p = f * 1.53533620e-4f + 1.33988750e-3f;
+    p = p * f + 9.61843692e-3f;
+    p = p * f + 5.55033237e-2f;
+    p = p * f + 2.40226471e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+    return (Vec<float, N>)((Bits)p + ((Bits)t << 23));
+}
+
+template <int N>
+VITRAIL_INLINE Vec<double, N> exp2_negative(Vec<double, N> x) {
+    using Bits = Vec<uint64_t, N>;
+    constexpr double ln2 = 0.693147180559945309417;
+    x = maximum(broadcast<double, N>(-1023.0), x);
+    const Vec<double, N> t = x + 0x1.8p52;
+    const Vec<double, N> y = (x - (t - 0x1.8p52)) * ln2;
+    Vec<double, N> p = broadcast<double, N>(1.0);
+    for (int k = 13; k > 0; --k) p = p * y * (1.0 / k) + 1.0;
+    return (Vec<double, N>)((Bits)p + ((Bits)t << 52));
+}
+
+}  // namespace vitrail::VITRAIL_ISA
