@@ -238,6 +238,8 @@ class FullAttention(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        if dim % num_heads:
+            raise ValueError(f"{num_heads} heads must divide the width {dim}; set num_heads_full")
         self.num_heads = num_heads
         self.lepe_of_input = lepe_of == "input"
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)

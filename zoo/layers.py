@@ -47,8 +47,6 @@ class StagedBackbone(nn.Module):
     `feature_info`, `in_chans`, `num_classes`, `num_features`, `head_hidden_size`, and the limits of the image's size.
     """
 
-    stages: nn.Sequential
-
     def __init__(self) -> None:
         super().__init__()
         self.smallest_image = 1

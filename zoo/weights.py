@@ -24,6 +24,10 @@ from torch import Tensor, nn
 _LISTED = 8  # mismatches that an error message spells out
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class CheckpointError(ValueError):
     """A file that is no checkpoint of the model it was meant for."""
 
@@ -57,7 +61,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is no torch checkpoint") from error
     except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"{path} is truncated or no torch checkpoint ({str(error).splitlines()[0]})"
+            f"{path} is truncated or no torch checkpoint ({_first_line(error)})"
         ) from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

@@ -1,0 +1,299 @@
+"""BiFormer against what the authors' code computed, and as a citizen of timm and PyTorch."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vitrail.ops import use_ops
+from vitrail.zoo.biformer import BiFormer, checkpoint_filter_fn
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+sys.path.insert(0, str(GOLDEN))
+from seeded import check_tap, load_case, official_state_dict, relative_error, seeded_image, seeded_tensor  # noqa: E402
+
+CASES = sorted(path.stem for path in GOLDEN.glob("biformer_*.npz"))
+OPTIONS = json.loads((GOLDEN / "biformer_options.json").read_text())
+COUNTERS = "num_batches_tracked"
+
+
+def authors_checkpoint(case):
+    """A whole state dict in the authors' layout, with the counters that a published file also holds."""
+    counters = {key: torch.tensor(0) for key in case.manifest if key.endswith(COUNTERS)}
+    return official_state_dict(case) | counters
+
+
+def load(model, state_dict):
+    model.double().load_state_dict(checkpoint_filter_fn(state_dict, model))
+    return model.eval()
+
+
+def record_taps(model):
+    """Hooks that note every feature map under its golden name, in the golden layout."""
+    taps = {}
+
+    def keep(module, name, view=lambda out: out):
+        module.register_forward_hook(lambda module, args, out: taps.__setitem__(name, view(out)))
+
+    keep(model.stem, "stem")
+    for i, stage in enumerate(model.stages):
+        if i:
+            keep(stage.downsample, f"stage{i}.downsample")
+        keep(stage, f"stage{i}")
+        for j, block in enumerate(stage.blocks):
+            keep(block, f"stage{i}.block{j}", lambda out: out.permute(0, 3, 1, 2))
+            if hasattr(block.attn, "router"):
+                keep(block.attn.router, f"stage{i}.block{j}.routes", lambda out: out[0].sort(-1).values)
+    keep(model.norm, "norm")
+    model.head.fc.register_forward_pre_hook(lambda module, args: taps.__setitem__("pre_logits", args[0]))
+    return taps
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["fused", "reference"])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_every_feature_map_equal_the_authors(name, mode):
+    case = load_case(GOLDEN / f"{name}.json")
+    model = load(timm.create_model(case.model, **case.kwargs), authors_checkpoint(case))
+    assert sum(p.numel() for p in model.parameters()) == case.params
+    taps = record_taps(model)
+    with torch.inference_mode(), use_ops(mode):
+        logits = model(seeded_image(case.input_shape, case.input_seed))
+    errors = {tap: check_tap(case, tap, taps[tap]) for tap in case.taps}
+    assert {tap: e for tap, e in errors.items() if e > 1e-9} == {}
+    assert relative_error(logits, case.logits) < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["fused", "reference"])
+@pytest.mark.parametrize("name", ["biformer_tiny_224", "biformer_stl_nchw_256x192"])
+def test_float32_chooses_the_same_regions_and_stays_within_1e_5(name, mode):
+    case = load_case(GOLDEN / f"{name}.json")
+    model = load(timm.create_model(case.model, **case.kwargs), authors_checkpoint(case)).float()
+    taps = record_taps(model)
+    with torch.inference_mode(), use_ops(mode):
+        logits = model(seeded_image(case.input_shape, case.input_seed).float())
+    assert relative_error(logits, case.logits) < 1e-5
+    for tap in case.taps:
+        if tap.endswith("routes"):
+            assert check_tap(case, tap, taps[tap]) == 0, tap
+
+
+@pytest.mark.parametrize("mode", ["fused", "reference"])
+@pytest.mark.parametrize("case", OPTIONS["cases"], ids=lambda case: json.dumps(case["options"]))
+def test_every_option_of_the_published_code_computes_what_it_does_there(case, mode):
+    parameters = OPTIONS["parameters"] | case["parameters"]
+    state_dict = {
+        key: torch.tensor(0) if kind == "derived" else seeded_tensor(key, shape, kind)
+        for key, (shape, kind) in parameters.items()
+    }
+    model = load(BiFormer(**OPTIONS["base"] | case["options"]), state_dict)
+    with torch.inference_mode(), use_ops(mode):
+        logits = model(seeded_image(OPTIONS["input_shape"], OPTIONS["input_seed"]))
+    assert relative_error(logits, torch.tensor(case["logits"], dtype=torch.float64)) < 1e-9
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "hard differentiable routing": ({"diff_routing": True}, "diff_routing needs soft_routing"),
+    "a router that cannot learn": ({"soft_routing": True, "param_routing": True}, "param_routing needs diff_routing"),
+    "a pooling never built": ({"kv_downsample_mode": "fracpool"}, "fracpool.*never built"),
+    "an unknown pooling": ({"kv_downsample_mode": "mean"}, "kv_downsample_mode must be identity, .* got 'mean'"),
+    "pooling to nothing": ({"kv_downsample_mode": "ada_avgpool"}, "kv_per_wins must be at least 1"),
+    "entries missing": ({"topks": (1, 4)}, r"topks must have one entry per stage \(4, as depths\), got \(1, 4\)"),
+    "heads that do not fit": ({"embed_dims": (65, 64, 96, 128)}, "2 heads must divide the width 65"),
+    "an unknown attention": ({"param_attention": "q"}, "param_attention must be 'qkvo' or 'qkv', got 'q'"),
+    "padding with soft routing": ({"pad_after": True, "soft_routing": True}, "plain routing only"),
+    "an image size without padding": ({"auto_pad": False, "img_size": 256}, "multiples of 112, got 256 x 256; resize to 224 x 224"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_built_is_refused_with_the_reason(case):
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        BiFormer(device="meta", **options)
+
+
+def test_unknown_options_raise_type_error():
+    with pytest.raises(TypeError, match="not_an_option"):
+        timm.create_model("biformer_tiny", device="meta", not_an_option=1)
+
+
+def test_learned_routing_receives_a_gradient():
+    options = {"soft_routing": True, "diff_routing": True, "param_routing": True}
+    model = BiFormer(
+        depths=(1, 1, 1, 1), embed_dims=(32, 32, 32, 32), num_classes=3, num_heads_full=1, **options
+    )
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    grad = model.stages[1].blocks[0].attn.router.emb.weight.grad
+    assert grad.abs().max() > 0
+
+
+# --- input sizes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 96), (97, 131), (333, 200), (33, 224)])
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw"])
+def test_any_size_runs_and_both_paths_agree(name, size):
+    torch.manual_seed(0)
+    model = timm.create_model(name, depths=(1, 1, 2, 1), num_classes=7).double().eval()
+    image = torch.randn(1, 3, *size, dtype=torch.float64)
+    with torch.inference_mode():
+        fused = model(image)
+        with use_ops("reference"):
+            reference = model(image)
+    assert fused.isfinite().all()
+    assert relative_error(fused, reference) < 1e-10
+
+
+def test_without_padding_the_error_names_the_nearest_valid_size():
+    model = timm.create_model("biformer_tiny", depths=(1, 1, 1, 1), auto_pad=False).eval()
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, 112, 224)).shape == (1, 1000)
+        with pytest.raises(
+            ValueError, match=r"multiples of 112, got 100 x 300; resize to 112 x 336, or .*auto_pad=True"
+        ):
+            model(torch.randn(1, 3, 100, 300))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (
+            "biformer_tiny",
+            (1, 4, 64, 64),
+            r"expected images of shape \(batch, 3, height, width\), got \[1, 4, 64, 64\]",
+        ),
+        ("biformer_tiny", (3, 64, 64), "expected images of shape"),
+        ("biformer_stl", (1, 3, 31, 64), "at least 32 x 32 pixels, got 31 x 64"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(name, shape, message):
+    model = timm.create_model(name, depths=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(shape))
+
+
+# --- PyTorch's tools --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    """All parts of the network, little of each."""
+    torch.manual_seed(0)
+    args = {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 64), "num_classes": 5}
+    return timm.create_model("biformer_tiny", **args).eval()
+
+
+def test_torch_compile_makes_one_graph(small):
+    image = torch.randn(2, 3, 64, 96)
+    compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image), small(image))
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_torch_export_takes_any_batch(small, mode):
+    with use_ops(mode):
+        program = torch.export.export(
+            small, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+    images = torch.randn(5, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images), small(images))
+
+
+def test_torchscript_and_its_saved_form_compute_the_same(small, tmp_path):
+    torch.jit.script(small).save(tmp_path / "small.pt")
+    image = torch.randn(1, 3, 100, 70)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(tmp_path / "small.pt")(image), small(image))
+
+
+def test_autocast_and_bfloat16_stay_close_to_float32(small):
+    image = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        want = small(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert relative_error(small(image), want) < 0.05
+        half = timm.create_model(
+            "biformer_tiny", depths=(1, 1, 1, 1), embed_dims=(32, 64, 64, 64), num_classes=5
+        )
+        half.load_state_dict(small.state_dict())
+        assert relative_error(half.bfloat16().eval()(image.bfloat16()), want) < 0.1
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "biformer_tiny", depths=(1, 1, 2, 1), embed_dims=(32, 32, 64, 64), num_classes=5
+    ).double()
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+    def gradients():
+        model.zero_grad()
+        model(image).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    plain = gradients()
+    model.set_grad_checkpointing()
+    for name, grad in gradients().items():
+        torch.testing.assert_close(grad, plain[name], msg=name)
+
+
+def test_a_training_step_follows_the_reference_path():
+    torch.manual_seed(0)
+    image, target = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.randint(5, (4,))
+    losses = {}
+    for mode in ("fused", "reference"):
+        torch.manual_seed(1)
+        model = timm.create_model(
+            "biformer_tiny", depths=(1, 1, 1, 1), embed_dims=(32, 32, 64, 64), num_classes=5
+        )
+        model.double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses[mode] = []
+        for _ in range(4):
+            with use_ops(mode):
+                loss = torch.nn.functional.cross_entropy(model(image), target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            losses[mode].append(loss.item())
+    assert losses["fused"] == pytest.approx(losses["reference"], rel=1e-9)
+    assert losses["fused"][-1] < losses["fused"][0]
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
+def test_feature_pyramids_come_in_all_of_timms_forms(feature_cls):
+    torch.manual_seed(0)
+    args = {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128)}
+    net = timm.create_model(
+        "biformer_tiny", features_only=True, out_indices=(1, 3), feature_cls=feature_cls, **args
+    ).eval()
+    assert net.feature_info.channels() == [64, 128]
+    assert net.feature_info.reduction() == [8, 32]
+    with torch.no_grad():
+        maps = net(torch.randn(1, 3, 224, 160))
+    maps = list(maps.values()) if isinstance(maps, dict) else maps
+    assert [tuple(m.shape) for m in maps] == [(1, 64, 28, 20), (1, 128, 7, 5)]
+
+
+def test_one_channel_images_and_other_pooling_work():
+    model = timm.create_model(
+        "biformer_tiny", in_chans=1, num_classes=3, global_pool="catavgmax", depths=(1, 1, 1, 1)
+    )
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 3)
+
+
+def test_a_model_on_the_meta_device_holds_no_memory():
+    model = timm.create_model("biformer_base", device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert model(torch.empty(2, 3, 224, 224, device="meta", dtype=torch.bfloat16)).shape == (2, 1000)

@@ -1,0 +1,208 @@
+"""Checkpoints load whole, safely, or not at all."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from vitrail.zoo import list_families
+from vitrail.zoo.weights import CheckpointError, convert_checkpoint, read_checkpoint
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+sys.path.insert(0, str(GOLDEN))
+from seeded import load_case, official_state_dict, relative_error, seeded_image  # noqa: E402
+
+
+class Malicious:
+    def __reduce__(self):
+        return (open, (str(Malicious.trace), "w"))
+
+
+@pytest.fixture(scope="module")
+def case():
+    return load_case(GOLDEN / "biformer_tiny_224.json")
+
+
+@pytest.fixture(scope="module")
+def authors_file(case, tmp_path_factory):
+    """A training checkpoint as the authors save them: weights under `model`, options beside them."""
+    counters = {key: torch.tensor(0) for key in case.manifest if key.endswith("num_batches_tracked")}
+    path = tmp_path_factory.mktemp("weights") / "authors.pth"
+    weights = {key: value.float() for key, value in official_state_dict(case).items()}
+    torch.save({"model": weights | counters, "epoch": 299}, path)
+    return path
+
+
+def bad_files(folder, authors_file):
+    """Name -> (file, what the one error must say)."""
+    weights = torch.load(authors_file, weights_only=True)["model"]
+    Malicious.trace = folder / "executed"
+
+    def write(name, content):
+        torch.save(content, folder / name)
+        return folder / name
+
+    (folder / "truncated.pth").write_bytes(authors_file.read_bytes()[:100_000])
+    (folder / "text.pth").write_text("not a checkpoint")
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "pickled.pth").write_bytes(pickle.dumps({"model": Malicious()}))
+    save_file({"a": torch.zeros(3)}, folder / "whole.safetensors")
+    (folder / "truncated.safetensors").write_bytes((folder / "whole.safetensors").read_bytes()[:-4])
+    wide = dict(weights, **{"stages.0.0.attn.wo.weight": torch.zeros(96, 96), "norm.weight": torch.zeros(7)})
+    broken = dict(weights, **{"norm.bias": torch.full((512,), torch.nan)})
+    resnet = timm.create_model("resnet18").state_dict()
+    partial = {key: value for key, value in weights.items() if not key.startswith("stages.2.0.")}
+    return {
+        "missing": (folder / "nowhere.pth", "no checkpoint at .*nowhere.pth"),
+        "truncated": (folder / "truncated.pth", "truncated.pth is truncated or no torch checkpoint"),
+        "text": (folder / "text.pth", "text.pth is no torch checkpoint"),
+        "empty": (folder / "empty.pth", "empty.pth is truncated or no torch checkpoint"),
+        "truncated safetensors": (folder / "truncated.safetensors", "is truncated or no safetensors"),
+        "malicious": (write("malicious.pth", {"model": weights, "hook": Malicious()}), "could run code"),
+        "malicious pickle": (folder / "pickled.pth", "could run code"),
+        "wrong family": (write("resnet.pth", resnet), "no checkpoint of biformer_tiny: 0 of its"),
+        "wrong size": (write("wide.pth", wide), r"2 mismatches.*shape \(96, 96\), biformer_tiny needs \(64, 64\)"),
+        "missing layers": (write("partial.pth", partial), "missing stages.2.blocks.0.*and .* more"),
+        "left-over keys": (write("extra.pth", dict(weights, surplus=torch.zeros(1))), "1 mismatches.*unknown surplus"),
+        "NaN": (write("nan.pth", broken), "norm.bias holds NaN"),
+        "no tensors": (write("text_dict.pth", {"state_dict": {"a": "b"}}), "entries that are no tensors: a"),
+        "a bare list": (write("list.pth", [1, 2]), "holds no state dict, but list"),
+    }  # fmt: skip
+
+
+BAD = [
+    "missing", "truncated", "text", "empty", "truncated safetensors", "malicious", "malicious pickle", "wrong family",
+    "wrong size", "missing layers", "left-over keys", "NaN", "no tensors", "a bare list",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, authors_file):
+    files = bad_files(tmp_path_factory.mktemp("bad"), authors_file)
+    assert sorted(files) == sorted(BAD)
+    return files
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_gives_one_error_and_no_output(kind, bad, tmp_path):
+    path, message = bad[kind]
+    with pytest.raises(CheckpointError, match=message) as error:
+        convert_checkpoint("biformer_tiny", path, tmp_path / "out.safetensors")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CheckpointError, match=message):
+        timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    assert not Malicious.trace.exists(), "code in the file was executed"
+
+
+def test_the_authors_layout_loads_through_timm(case, authors_file):
+    overlay = {"file": str(authors_file)}
+    model = timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.inference_mode():
+        logits = model(seeded_image(case.input_shape, case.input_seed).float())
+    assert relative_error(logits, case.logits) < 1e-5
+    assert "state_dict" not in model.pretrained_cfg
+
+
+def test_a_converted_file_loads_and_equals_the_source(authors_file, tmp_path):
+    report = convert_checkpoint("biformer_tiny", authors_file, tmp_path / "out.safetensors")
+    assert (report.parameters, report.num_classes) == (13_142_760, 1000)
+    overlay = {"file": str(tmp_path / "out.safetensors")}
+    ours = timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+    theirs = timm.create_model(
+        "biformer_tiny", pretrained=True, pretrained_cfg_overlay={"file": str(authors_file)}
+    )
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
+    assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+
+
+def test_classes_and_channels_adapt_as_timm_users_expect(authors_file):
+    overlay = {"file": str(authors_file)}
+    model = timm.create_model(
+        "biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=1
+    )
+    assert model.head.fc.weight.shape == (5, 512)
+    assert model.stem.conv1.weight.shape[1] == 1
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+    net = timm.create_model(
+        "biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True
+    )
+    assert len(net(torch.randn(1, 3, 64, 64))) == 4
+
+
+def test_a_checkpoint_with_other_classes_converts_with_its_own_head(tmp_path):
+    source = timm.create_model("biformer_tiny", num_classes=10)
+    torch.save(source.state_dict(), tmp_path / "ten.pth")
+    report = convert_checkpoint("biformer_tiny", tmp_path / "ten.pth", tmp_path / "ten.safetensors")
+    assert report.num_classes == 10
+    assert load_file(tmp_path / "ten.safetensors")["head.fc.weight"].shape == (10, 512)
+
+
+def test_the_target_must_be_safetensors_in_a_folder_that_exists(authors_file, tmp_path):
+    with pytest.raises(ValueError, match=r"must end in .safetensors, got out.pth"):
+        convert_checkpoint("biformer_tiny", authors_file, tmp_path / "out.pth")
+    with pytest.raises(ValueError, match="does not exist; create it first"):
+        convert_checkpoint("biformer_tiny", authors_file, tmp_path / "no" / "out.safetensors")
+
+
+def test_a_full_disk_leaves_nothing_behind(authors_file, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vitrail.zoo.weights.save_file", full)
+    (tmp_path / "out.safetensors").write_bytes(b"older file")
+    with pytest.raises(OSError, match="No space left"):
+        convert_checkpoint("biformer_tiny", authors_file, tmp_path / "out.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+    assert (tmp_path / "out.safetensors").read_bytes() == b"older file"
+
+
+def test_published_weights_are_kept_under_the_models_own_name(authors_file, tmp_path, monkeypatch):
+    """The authors' host names every file `content`; a cache by that name would mix the models up."""
+    asked = []
+
+    def download(url, target, progress):
+        asked.append(url)
+        Path(target).write_bytes(authors_file.read_bytes())
+
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    for _ in range(2):
+        model = timm.create_model("biformer_tiny", pretrained=True)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["vitrail_biformer_tiny.pth"]
+    assert asked == [model.pretrained_cfg["url"]]
+
+
+def test_a_failed_download_tells_how_to_go_on(tmp_path, monkeypatch):
+    def download(*args, **kwargs):
+        raise OSError("network unreachable")
+
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    with pytest.raises(
+        CheckpointError, match=r"could not download the weights of biformer_small.*by hand.*file="
+    ):
+        timm.create_model("biformer_small", pretrained=True)
+
+
+def test_options_saved_beside_the_weights_do_no_harm(authors_file, tmp_path):
+    from argparse import Namespace
+
+    content = torch.load(authors_file, weights_only=True)
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in content["model"].items()}, "args": Namespace(lr=1)},
+        tmp_path / "a.pth",
+    )
+    assert read_checkpoint(tmp_path / "a.pth").keys() == content["model"].keys()
+
+
+def test_families_list_their_registered_models():
+    assert list_families() == {
+        "biformer": ["biformer_base", "biformer_small", "biformer_stl", "biformer_stl_nchw", "biformer_tiny"]
+    }
+    assert set(list_families()["biformer"]) <= set(timm.list_models("biformer*"))
