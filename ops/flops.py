@@ -85,7 +85,8 @@ def fvcore_handlers() -> dict[str, Callable[..., int]]:
     """Handlers for `fvcore.nn.FlopCountAnalysis(...).set_op_handle(**handlers)`, which counts MACs."""
 
     def routed(inputs: list[Any], outputs: list[Any]) -> int:
-        return routed_attention_macs(*map(_shape, (inputs[0], inputs[2], inputs[3])), _ints(inputs[6]))
+        q, _, v, routes, *_ = inputs
+        return routed_attention_macs(_shape(q), _shape(v), _shape(routes), _ints(inputs[6]))
 
     def route(inputs: list[Any], outputs: list[Any]) -> int:
         return region_route_macs(_shape(inputs[0]), _shape(inputs[1]), _ints(inputs[3]), _ints(inputs[4]))

@@ -252,7 +252,8 @@ def _double_backward(ctx, *grads):
     if weights is not None:
         leaves.append(weights.detach().requires_grad_())
     with torch.enable_grad():
-        out = reference(*leaves[1:4], routes, leaves[4] if weights is not None else None, *ctx.settings)
+        q, k, v, weights = leaves[1], leaves[2], leaves[3], leaves[4] if weights is not None else None
+        out = reference(q, k, v, routes, weights, *ctx.settings)
         first = torch.autograd.grad(out, leaves[1:], leaves[0], create_graph=True)
         second = torch.autograd.grad(first, leaves, grads[: len(first)], allow_unused=True)
     grad_weights = second[4] if weights is not None else None

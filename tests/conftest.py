@@ -1,4 +1,6 @@
-"""What the whole suite shares: the order in which tests start."""
+"""What the whole suite shares: the order of the tests, and how pytest-xdist deals them out."""
+
+from typing import Any
 
 import pytest
 
@@ -6,3 +8,17 @@ import pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest first, so that no worker starts one when the others have finished.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files go to one worker, which builds their fixtures once; timm's suite has none and is spread."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("/test_timm_suite.py") else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)

@@ -124,7 +124,13 @@ def test_every_dependency_is_accounted_for_and_no_other():
 
 
 def test_the_package_imports_what_it_declares():
-    modules = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "tensorrt_rtx": "tensorrt-rtx"}
+    modules = {
+        "PIL": "pillow",
+        "onnx_ir": "onnx-ir",
+        "sklearn": "scikit-learn",
+        "tensorrt_rtx": "tensorrt-rtx",
+        "yaml": "pyyaml",
+    }
     project = PYPROJECT["project"]
     declared = names(project["dependencies"])
     for extra, required in project["optional-dependencies"].items():

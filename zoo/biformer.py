@@ -523,7 +523,7 @@ class BiFormer(StagedBackbone):
             )
 
         self.stem = (PatchStem if swin_layout else ConvStem)(in_chans, embed_dims[0], **dd)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
         for i, dim in enumerate(embed_dims):

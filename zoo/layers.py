@@ -1,10 +1,10 @@
 """What several families share: the frame of a network of stages, and small helpers on channels-last maps."""
 
-from typing import Any, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_device_dtype
+from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -47,6 +47,17 @@ class StagedBackbone(nn.Module):
     `feature_info`, `in_chans`, `num_classes`, `num_features`, `head_hidden_size`, and the limits of the image's size.
     """
 
+    if TYPE_CHECKING:  # TorchScript would hold the modules to these very types
+        stem: nn.Module
+        stages: nn.Sequential
+        norm: nn.Module
+        head: ClassifierHead
+        feature_info: List[dict[str, Any]]
+        in_chans: int
+        num_classes: int
+        num_features: int
+        head_hidden_size: int
+
     def __init__(self) -> None:
         super().__init__()
         self.smallest_image = 1
@@ -70,6 +81,7 @@ class StagedBackbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training: recompute the blocks' activations in the backward pass."""
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 

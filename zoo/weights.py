@@ -138,7 +138,8 @@ def build_model(
     if pretrained:
         overlay = dict(pretrained_cfg_overlay or {})
         cfg = pretrained_cfg if pretrained_cfg is not None else get_pretrained_cfg(variant)
-        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict() if hasattr(cfg, "to_dict") else {}
+        if not isinstance(cfg, dict):
+            cfg = {} if cfg is None else cfg.to_dict()
         source = {**cfg, **overlay}
         if not source.get("state_dict") and source.get("source") not in ("hf-hub", "local-dir"):
             if source.get("file"):

@@ -20,8 +20,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 
-# One worker builds; the fixtures below live as long as the module.
-pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.long]
+pytestmark = pytest.mark.long
 
 # What an installed vitrail says of itself, as JSON.
 INQUIRY = """
