@@ -189,13 +189,16 @@ def capture(
         ExportError: the module can't be traced, or froze an axis that should be dynamic.
     """
     dims: dict[int, Any] = {_PLACES[axis]: torch.export.Dim(axis, min=1) for axis in dynamic}
+    # Without this, torch takes sizes apart into "one" and "more", and no range of heights is provable.
+    sizes_are_plain = torch.fx.experimental._config.patch(backed_size_oblivious=True)
     try:
-        with plain_operators(opset):
-            try:
-                program = torch.export.export(module, (example,), dynamic_shapes=(dims,), strict=False)
-            except torch._dynamo.exc.UserError as error:
-                dims = _refined(error, dims, dynamic)
-                program = torch.export.export(module, (example,), dynamic_shapes=(dims,), strict=False)
+        with plain_operators(opset), sizes_are_plain if set(dynamic) - {"batch"} else contextlib.nullcontext():
+            while True:
+                try:
+                    program = torch.export.export(module, (example,), dynamic_shapes=(dims,), strict=False)
+                    break
+                except torch._dynamo.exc.UserError as error:
+                    dims = _refined(error, dims, dynamic)
     except ExportError:
         raise
     except Exception as error:
@@ -209,18 +212,25 @@ def capture(
     return program, multiples
 
 
-def _refined(error: Exception, dims: dict[int, Any], dynamic: Sequence[str]) -> dict[int, Any]:
-    """Dimensions as torch.export suggests them (`height = 28*_height`), unless it suggests to freeze one."""
-    message = str(error)
+def _refined(error: torch._dynamo.exc.UserError, dims: dict[int, Any], dynamic: Sequence[str]) -> dict[int, Any]:
+    """Dimensions as torch.export suggests them (`height = 28*_height`).
+
+    Raises:
+        ExportError: it suggests to freeze one, or has nothing to suggest.
+        UserError: `error`, where it is about something else.
+    """
+    message = error.msg
+    if "Constraints violated" not in message:
+        raise error
     try:
         refined = torch.export.dynamic_shapes.refine_dynamic_shapes_from_suggested_fixes(message, (dims,))[0]
-    except Exception:
-        raise error from None
-    frozen = [axis for axis in dynamic if not isinstance(refined[_PLACES[axis]], torch.export.Dim)]
+    except torch._dynamo.exc.UserError:  # no suggestion in it
+        refined = dims
+    frozen = [axis for axis in dynamic if isinstance(refined[_PLACES[axis]], int)]
     if frozen:
         raise ExportError(_frozen_message(frozen)) from error
-    if refined == dims:
-        raise error
+    if list(map(repr, refined.values())) == list(map(repr, dims.values())):
+        raise ExportError(_constrained_message(message, dynamic)) from error
     return dict(refined)
 
 
@@ -231,6 +241,18 @@ def _frozen_message(axes: Sequence[str]) -> str:
         f"{'these axes' if many else 'this axis'} dynamic would be wrong at every other size. Look for a size that "
         f"goes through int(), float division or a Python constant (integer division, //, keeps it dynamic), or "
         f"leave {', '.join(map(repr, axes))} out of dynamic"
+    )
+
+
+def _constrained_message(message: str, dynamic: Sequence[str]) -> str:
+    """What the model assumes of its sizes, in the axes' own names."""
+    guards = re.findall(r"satisfy the generated guard (.+?)\.?$", message, re.MULTILINE)
+    for axis in AXES:
+        guards = [re.sub(rf"L\['\w+'\](\[0\])?\.size\(\)\[{_PLACES[axis]}\]", axis, guard) for guard in guards]
+    return (
+        f"the model is not free in the {' and the '.join(dynamic)}: it takes for granted that "
+        f"{'; '.join(guards[:3]) or _first_line(ValueError(message))}. Leave the axis out of dynamic, or write that "
+        f"place so that it holds for every size"
     )
 
 
@@ -266,7 +288,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def translate(program: torch.export.ExportedProgram, names: Sequence[str], opset: int) -> Any:
-    """Torch's ONNX exporter with its optimiser, and its errors in one line.
+    """Torch's ONNX exporter, and its errors in one line.
 
     Returns:
         the `torch.onnx.ONNXProgram`.
@@ -275,13 +297,13 @@ def translate(program: torch.export.ExportedProgram, names: Sequence[str], opset
         ExportError: an operator that has no ONNX form; says which, and where in the model it stands.
     """
     try:
-        return torch.onnx.export(
+        translated = torch.onnx.export(
             program,
             (),
             input_names=["input"],
             output_names=list(names),
             opset_version=opset,
-            optimize=True,
+            optimize=False,  # `optimise` does, in a tenth of the time
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
@@ -295,6 +317,7 @@ def translate(program: torch.export.ExportedProgram, names: Sequence[str], opset
         raise ExportError(
             f"torch's ONNX exporter failed: {summary[1] if summary else _first_line(error)}"
         ) from error
+    return translated
 
 
 def _users(program: torch.export.ExportedProgram, operator: str) -> str:

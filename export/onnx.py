@@ -20,6 +20,7 @@ from .errors import ExportError
 from .files import check_target, write_atomically
 from .graph import GraphSummary, TensorInfo, advice, check, clean, summarize
 from .images import Preprocessing, find_images, load_image, pretrained_cfg
+from .optimise import optimise
 from .verify import ATOL, RTOL, VerificationReport, default_size, verify_onnx
 
 OPSETS = range(18, 24)
@@ -161,6 +162,9 @@ def to_onnx(
             say("translating to ONNX")
             onnx_program = translate(program, names, opset)
             clock.lap("translate")
+            say("optimising the graph")
+            optimise(onnx_program.model)
+            clock.lap("optimise")
     say("checking the graph")
     proto = onnx_program.model_proto
     clean(proto, _symbols(input_value(program), axes, multiples))

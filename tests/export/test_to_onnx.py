@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import warnings
@@ -251,7 +252,7 @@ def test_an_export_prints_and_warns_nothing(make, tmp_path, capfd, caplog):
         warnings.simplefilter("error")
         to_onnx(make("Pyramid"), tmp_path / "m.onnx", img_size=32, opset=18)
     assert capfd.readouterr() == ("", "")
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert logging.getLogger("torch.onnx").level <= logging.WARNING
 
 
@@ -434,9 +435,9 @@ def test_the_report_is_json_and_a_table(exported):
     assert found["verification"]["passed"] is True
     assert len(found["verification"]["checks"]) == 4
     assert set(found["seconds"]) == {"trace", "translate", "check", "verify", "write"}
-    console = Console(width=140, record=True, quiet=True)
+    console = Console(width=140, file=io.StringIO())
     console.print(report.table())
-    text = console.export_text()
+    text = console.file.getvalue()
     for word in ("model.onnx", "LayerNormalization 1", "(batch, 3, 32, 32)", "photos", "noise", "passed"):
         assert word in text
 
