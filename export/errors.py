@@ -1,0 +1,20 @@
+"""What can go wrong in an export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .verify import VerificationReport
+
+
+class ExportError(RuntimeError):
+    """The model could not be turned into a file; no file was written. The message names the remedy."""
+
+
+class VerificationError(ExportError):
+    """The file does not compute what the model computes, so it was not written. `report` holds the figures."""
+
+    def __init__(self, report: VerificationReport):
+        self.report = report
+        super().__init__(report.explain())

@@ -1,0 +1,333 @@
+"""`to_onnx`: from a module to one ONNX file of standard operators that is proven to compute the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import AXES, Outputs, capture, evaluation, input_value, prepared, quiet, translate
+from .errors import ExportError
+from .files import check_target, write_atomically
+from .graph import GraphSummary, TensorInfo, advice, check, clean, summarize
+from .images import Preprocessing, find_images, load_image, pretrained_cfg
+from .optimise import optimise
+from .verify import ATOL, RTOL, VerificationReport, default_size, verify_onnx
+
+OPSETS = range(18, 24)
+"""Operator sets that can be written. Torch's translations start at 18; 23 is the newest that the oldest supported
+onnx and ONNX Runtime know. Gelu is one node from 20 on, attention from 23 on; LayerNormalization is one in all."""
+
+_ONE_FILE = 2**31 - 2**24
+"""Bytes of weights that fit in one file: protobuf ends at 2 GiB, less some room for the graph."""
+
+TRACED_BATCH = 2  # 0 and 1 are special to torch.export
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, how it was checked, how long it took. `table()` renders it, `to_dict()` is for JSON."""
+
+    path: str
+    model: str
+    size_bytes: int
+    graph: GraphSummary
+    dynamic: dict[str, str]
+    metadata: dict[str, str]
+    seconds: dict[str, float]
+    verification: VerificationReport | None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def opset(self) -> int:
+        """Version of ONNX's standard operator set."""
+        return self.graph.opset
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """Inputs of the file."""
+        return self.graph.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """Outputs of the file."""
+        return self.graph.outputs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        names = ("path", "model", "size_bytes", "dynamic", "metadata", "seconds")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "graph": json.loads(json.dumps(asdict(self.graph))),
+            "verification": self.verification.to_dict() if self.verification else None,
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> Any:
+        """Rich tables of the file and its verification."""
+        from .render import report_table
+
+        return report_table(self)
+
+
+def to_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    dynamic: Collection[str] = ("batch",),
+    opset: int = 20,
+    features: bool = False,
+    images: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    verify: bool = True,
+    rtol: float = RTOL,
+    atol: float = ATOL,
+    seed: int = 0,
+    metadata: Mapping[str, object] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Write `model` as an ONNX file of standard operators, verified against the model before it appears.
+
+    The file has one float32 input, `input` (B, C, H, W), and the output `logits` (`output` for modules that
+    aren't classifiers, `output0`... or the keys for several), or `stage0`... for `features`. On any failure
+    there is no file, and a file that was there before is as it was. The model is left as it was.
+
+    Args:
+        model: any module that takes one image tensor. Models on another device are copied to the CPU.
+        path: where to; ends with `.onnx`. An existing file is replaced, atomically.
+        img_size: height and width of the input; default: the model's own (`pretrained_cfg`), else 224.
+        in_chans: channels of the input; default: what the model's first convolution takes.
+        dynamic: axes that the file leaves open, of 'batch', 'height', 'width'. A fixed batch is 1.
+        opset: version of the operator set, 18 to 23. Under 20, Gelu is spelled out.
+        features: write the feature pyramid (`forward_intermediates`, NCHW) in place of the output.
+        images: photos for the verification (files, folders); default: the two that scikit-learn ships.
+        preprocessing: how photos become inputs, also noted in the file: overrides of what the model's
+            `pretrained_cfg` says (mean, std, interpolation, crop_pct).
+        verify: run the file in ONNX Runtime against the model; see `verify_onnx`.
+        rtol, atol: tolerances of the verification.
+        seed: of the verification's noise.
+        metadata: further entries for the file's metadata; they win over the standard ones.
+        progress: called with a line of text before each step.
+
+    Raises:
+        ExportError: the model can't be traced or translated, or would be wrong at other sizes.
+        VerificationError: an ExportError; the file differs from the model. Its `report` has the figures.
+        ValueError, TypeError: wrong arguments, or a model that isn't float32.
+        OSError: the file can't be written there.
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+    """
+    say = progress or (lambda text: None)
+    axes = _check_axes(dynamic)
+    _check_opset(opset)
+    target = check_target(path, ".onnx")
+    size = default_size(model, img_size)
+    prepare = Preprocessing.of(model, preprocessing)
+    _check_packages(("onnx", "onnxscript", "onnxruntime") if verify else ("onnx", "onnxscript"))
+    if verify:
+        for photo in find_images(images):  # a wrong path should not cost a minute
+            load_image(photo)
+    if features and not hasattr(model, "forward_intermediates"):
+        raise ValueError(
+            f"{type(model).__name__} has no forward_intermediates, so features=True can't be had; "
+            f"export it without, or give the module a method as timm's models have"
+        )
+    model = prepared(model)
+    _check_weights(model)
+    channels = _channels(model) if in_chans is None else in_chans
+    if channels < 1:
+        raise ValueError(f"in_chans must be positive, got {channels}")
+
+    clock = _Clock()
+    batch = TRACED_BATCH if "batch" in axes else 1
+    example = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(seed))
+    module = Outputs(model, features)
+    with evaluation(module):
+        say("running the model once")
+        names = _dry_run(module, example)
+        with quiet():
+            say("tracing the model")
+            program, multiples = capture(module, example, axes, opset)
+            clock.lap("trace")
+            say("translating to ONNX")
+            onnx_program = translate(program, names, opset)
+            clock.lap("translate")
+            say("optimising the graph")
+            optimise(onnx_program.model)
+            clock.lap("optimise")
+    say("checking the graph")
+    proto = onnx_program.model_proto
+    clean(proto, _symbols(input_value(program), axes, multiples))
+    entries = _metadata(model, size, channels, axes, multiples, opset, prepare)
+    entries.update({key: _text(value) for key, value in (metadata or {}).items()})
+    del proto.metadata_props[:]
+    for key, value in entries.items():
+        proto.metadata_props.add(key=key, value=value)
+    proto.producer_name, proto.producer_version = "vitrail", _version("vitrail")
+    proto.graph.name = entries["model"]
+    check(proto, opset)
+    content = proto.SerializeToString(deterministic=True)
+    clock.lap("check")
+    verification = None
+    if verify:
+        verification = verify_onnx(
+            content,
+            model,
+            img_size=size,
+            images=images,
+            preprocessing=prepare,
+            rtol=rtol,
+            atol=atol,
+            seed=seed,
+            progress=progress,
+        )
+        verification.raise_on_failure()
+        clock.lap("verify")
+    say("writing the file")
+    write_atomically(target, content)
+    clock.lap("write")
+    return ExportReport(
+        path=os.fspath(path),
+        model=entries["model"],
+        size_bytes=len(content),
+        graph=summarize(proto),
+        dynamic={a: "any" if multiples[a] == 1 else f"multiples of {multiples[a]}" for a in axes},
+        metadata=entries,
+        seconds=clock.laps,
+        verification=verification,
+        notes=tuple(_notes(opset, verify) + advice(proto)),
+    )
+
+
+class _Clock:
+    """Seconds from lap to lap."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def _check_axes(dynamic: Collection[str]) -> tuple[str, ...]:
+    given = {dynamic} if isinstance(dynamic, str) else set(dynamic)
+    if unknown := sorted(map(str, given - set(AXES))):
+        raise ValueError(f"dynamic names {', '.join(unknown)}; the axes are {', '.join(AXES)}")
+    return tuple(axis for axis in AXES if axis in given)
+
+
+def _check_opset(opset: int) -> None:
+    if isinstance(opset, bool) or not isinstance(opset, int):
+        raise TypeError(f"opset must be a whole number, got {opset!r}")
+    if opset not in OPSETS:
+        raise ValueError(
+            f"opset must lie between {OPSETS[0]} and {OPSETS[-1]}, got {opset}; "
+            f"20 is the least that has Gelu as a node"
+        )
+
+
+def _check_packages(names: Sequence[str]) -> None:
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ImportError(f"ONNX export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _check_weights(model: nn.Module) -> None:
+    unique = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    if (total := sum(unique.values())) > _ONE_FILE:
+        raise ExportError(
+            f"the weights take {total / 2**30:.1f} GiB and one ONNX file holds less than 2; "
+            f"files with weights beside them are not supported yet"
+        )
+
+
+def _channels(model: nn.Module) -> int:
+    """Channels that the model takes: what it says, what its first convolution takes, what its weights were for."""
+    if isinstance(stated := getattr(model, "in_chans", None), int):
+        return stated
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None:
+        return first.in_channels
+    input_size = pretrained_cfg(model).get("input_size")
+    return int(input_size[0]) if input_size else 3
+
+
+def _dry_run(module: Outputs, example: Tensor) -> list[str]:
+    """Run the model as the user would, so that what it has against the input is said in its own words."""
+    try:
+        module(example)
+    except ExportError:
+        raise
+    except Exception as error:
+        shape = " x ".join(map(str, example.shape))
+        raise ExportError(f"the model does not take a {shape} input: {error}") from error
+    return module.names
+
+
+def _symbols(image: Tensor, axes: Sequence[str], multiples: Mapping[str, int]) -> dict[str, str]:
+    """Names for torch's symbols: s77 is batch, 28*s3 is height and s3 alone is (height//28)."""
+    names = {}
+    for axis in axes:
+        traced = str(image.shape[{"batch": 0, "height": 2, "width": 3}[axis]])
+        names[traced] = axis
+        if multiples[axis] > 1:
+            names[traced.split("*")[-1]] = f"({axis}//{multiples[axis]})"
+    return names
+
+
+def _metadata(
+    model: nn.Module,
+    size: tuple[int, int],
+    channels: int,
+    axes: Sequence[str],
+    multiples: Mapping[str, int],
+    opset: int,
+    prepare: Preprocessing,
+) -> dict[str, str]:
+    """What someone with the file alone needs in order to feed it, and where it comes from."""
+    config = pretrained_cfg(model)
+    name = ".".join(str(config[key]) for key in ("architecture", "tag") if config.get(key))
+    entries: dict[str, object] = {
+        "model": name or type(model).__name__,
+        "input_size": [channels, *size],
+        **prepare.to_dict(),
+        "num_classes": getattr(model, "num_classes", None),
+        "license": config.get("license"),
+        "dynamic": list(axes),
+        "opset": opset,
+        "vitrail": _version("vitrail"),
+        "torch": torch.__version__,
+        **{f"vitrail.{a}_multiple": multiples[a] for a in axes if multiples[a] > 1},
+    }
+    return {key: _text(value) for key, value in entries.items() if value is not None}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _notes(opset: int, verify: bool) -> list[str]:
+    notes = []
+    if opset < 20:
+        notes.append(f"opset {opset} has no Gelu node: Gelu is spelled out (Div, Erf, Add, Mul); use opset 20 or later")
+    if not verify:
+        notes.append("not verified")
+    return notes

@@ -1,0 +1,61 @@
+"""Reports for the terminal, by rich."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .onnx import ExportReport
+    from .verify import VerificationReport
+
+
+def report_table(report: ExportReport) -> Any:
+    """The file, its operators, its verification, one under the other."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    graph = report.graph
+    facts = Table(title=f"{report.model} as ONNX", show_header=False, title_justify="left")
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("file", f"{report.path}, {report.size_bytes / 1e6:.1f} MB")
+    facts.add_row("operators", f"opset {graph.opset}, {graph.nodes} nodes, {graph.weights / 1e6:.2f} M weights")
+    facts.add_row("", ", ".join(f"{name} {count}" for name, count in graph.operators.items()))
+    facts.add_row("input", "\n".join(map(str, graph.inputs)))
+    facts.add_row("output", "\n".join(map(str, graph.outputs)))
+    facts.add_row("dynamic", ", ".join(f"{axis}: {rule}" for axis, rule in report.dynamic.items()) or "nothing")
+    facts.add_row("seconds", ", ".join(f"{step} {took:.1f}" for step, took in report.seconds.items()))
+    for note in report.notes:
+        facts.add_row("note", note)
+    parts = [facts, checks_table(report.verification)] if report.verification else [facts, Text("not verified")]
+    return Group(*parts)
+
+
+def checks_table(report: VerificationReport) -> Any:
+    """A row for each comparison."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=f"{report.runtime} against torch (atol {report.atol:g}, rtol {report.rtol:g} of the largest value)",
+        title_justify="left",
+    )
+    for name in ("input", "shape", "output"):
+        table.add_column(name)
+    for name in ("max error", "mean error", "relative", "cosine", "same top-1", "verdict"):
+        table.add_column(name, justify="right")
+    for row in report.checks:
+        table.add_row(
+            row.source,
+            "x".join(map(str, row.shape)),
+            row.output,
+            f"{row.max_error:.2g}",
+            f"{row.mean_error:.2g}",
+            f"{row.max_relative:.2g}",
+            f"{row.cosine:.6f}",
+            "" if row.top1 is None else f"{row.top1} of {row.images}",
+            Text("passed", "green") if row.passed else Text(row.failure, "red"),
+        )
+    return Group(table, *(Text(f"note: {note}", "yellow") for note in report.notes))

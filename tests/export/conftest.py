@@ -1,0 +1,81 @@
+"""Small modules and their exported files, shared by the tests of this folder."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitrail.export import to_onnx
+from vitrail.ops import region_route, routed_attention
+
+
+class Attentive(nn.Module):
+    """A convolution, LayerNorm, attention, GELU and a classifier: what vision transformers are made of."""
+
+    num_classes = 10
+
+    def __init__(self, width=16, in_chans=3):
+        super().__init__()
+        self.stem = nn.Conv2d(in_chans, width, 8, 8)
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.act = nn.GELU()
+        self.head = nn.Linear(width, self.num_classes)
+
+    def forward_tokens(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x))[:, None].chunk(3, -1)
+        return self.act(x + F.scaled_dot_product_attention(q, k, v)[:, 0])
+
+    def forward(self, x):
+        return self.head(self.forward_tokens(x).mean(1))
+
+
+class Pyramid(Attentive):
+    """`Attentive` with timm's way to ask for feature maps."""
+
+    def forward_intermediates(self, x, intermediates_only=False, output_fmt="NCHW"):
+        assert intermediates_only
+        assert output_fmt == "NCHW"
+        x = self.stem(x)
+        return [x, F.max_pool2d(F.gelu(x), 2)]
+
+
+class Routed(nn.Module):
+    """Routed attention over a grid of 4 x 4 regions."""
+
+    num_classes = 10
+
+    def __init__(self, topk, width=16):
+        super().__init__()
+        self.topk = topk
+        self.stem = nn.Conv2d(3, width, 4, 4)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.head = nn.Linear(width, self.num_classes)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.stem(x).permute(0, 2, 3, 1)).chunk(3, -1)
+        size = (-(-q.shape[1] // 4), -(-q.shape[2] // 4))
+        x = routed_attention(q, k, v, region_route(q, k, self.topk, size), size, num_heads=2)
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.fixture
+def make():
+    """`make("Routed", topk=1)`: one of the modules above with seeded weights."""
+    classes = {cls.__name__: cls for cls in (Attentive, Pyramid, Routed)}
+
+    def build(name, **kwargs):
+        torch.manual_seed(0)
+        return classes[name](**kwargs).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """An `Attentive` with the file and the report of its default export at 32 x 32."""
+    torch.manual_seed(0)
+    model = Attentive().eval()
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    return model, path, to_onnx(model, path, img_size=32)

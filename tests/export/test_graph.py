@@ -1,0 +1,86 @@
+import pytest
+from onnx import TensorProto, helper
+
+from vitrail.export.graph import advice, clean, opset_of, summarize, walk
+
+
+def model_of(*nodes, opset=20, constants=(), shape=("s0", 4, 8)):
+    graph = helper.make_graph(
+        list(nodes),
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor(name, TensorProto.INT64, [len(values)], values) for name, values in constants],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+
+
+node = helper.make_node
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants", "word"),
+    [
+        ([node("Expand", ["i", "s"], ["e"]), node("GatherElements", ["x", "e"], ["y"])], [], "blown up by Expand"),
+        ([node("TopK", ["x", "one"], ["v", "y"])], [("one", [1])], "ArgMax is cheaper"),
+        ([node("Erf", ["x"], ["y"])], [], "Gelu is spelled out"),
+        (
+            [node("ReduceMean", ["x"], ["v"]), node("Add", ["v", "eps"], ["w"]), node("Sqrt", ["w"], ["y"])],
+            [],
+            "normalisation is spelled out",
+        ),
+        (
+            [node("Transpose", ["x"], ["t"], perm=[1, 2, 0]), node("Transpose", ["t"], ["y"], perm=[2, 0, 1])],
+            [],
+            "cancel out",
+        ),
+        ([node("Identity", ["x"], ["y"])], [], "Identity does nothing"),
+        ([node("Neg", ["c"], ["y"])], [("c", [3])], "constant inputs alone"),
+    ],
+)
+def test_wasteful_patterns_are_named(nodes, constants, word):
+    found = advice(model_of(*nodes, constants=constants))
+    assert len(found) == 1
+    assert word in found[0]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants", "opset"),
+    [
+        ([node("TopK", ["x", "four"], ["v", "y"])], [("four", [4])], 20),
+        ([node("Erf", ["x"], ["y"])], [], 19),
+        (
+            [node("Transpose", ["x"], ["t"], perm=[1, 2, 0]), node("Transpose", ["t"], ["y"], perm=[1, 2, 0])],
+            [],
+            20,
+        ),
+        ([node("Sqrt", ["x"], ["y"])], [], 20),
+    ],
+)
+def test_patterns_with_a_purpose_are_left_alone(nodes, constants, opset):
+    assert advice(model_of(*nodes, constants=constants, opset=opset)) == []
+
+
+def test_repeated_findings_are_counted():
+    found = advice(model_of(node("Identity", ["x"], ["z"]), node("Identity", ["z"], ["y"])))
+    assert found == ["Identity does nothing (2 times)"]
+
+
+def test_nodes_inside_branches_are_seen():
+    branch = helper.make_graph([node("Identity", ["x"], ["b"])], "branch", [], [])
+    model = model_of(node("If", ["c"], ["y"], then_branch=branch, else_branch=branch))
+    assert [n.op_type for n in walk(model.graph)] == ["If", "Identity", "Identity"]
+    assert summarize(model).operators == {"Identity": 2, "If": 1}
+
+
+def test_cleaning_renames_dimensions_and_weights_and_drops_traces():
+    model = model_of(node("Add", ["x", "model.w"], ["y"]), constants=[("model.w", [1])], shape=("s0", "28*s1", "4*s1"))
+    model.graph.node[0].metadata_props.add(key="stack", value="/home/someone/secret.py")
+    model.graph.node[0].doc_string = "/home/someone"
+    model.opset_import.append(helper.make_opsetid("pkg.unused", 1))
+    clean(model, {"s0": "batch", "28*s1": "height", "s1": "(height//28)"})
+    assert summarize(model).inputs[0].shape == ("batch", "height", "4*(height//28)")
+    assert list(model.graph.node[0].input) == ["x", "w"]
+    assert b"someone" not in model.SerializeToString()
+    assert [entry.domain for entry in model.opset_import] == [""]
+    assert opset_of(model) == 20
