@@ -1,4 +1,11 @@
-"""Efficient vision backbones for PyTorch. Importing the package registers its models with timm."""
+"""Efficient vision backbones for PyTorch. Importing the package registers its models with timm.
+
+`profile` (parameters and multiply-accumulates) and `routing_picture` (which regions a region attends to) live here
+too and are imported when first used.
+"""
+
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
 
 from pathlib import Path
 
@@ -9,4 +16,24 @@ if not (Path(__file__).parent / "zoo").is_dir():
 
 from . import zoo as zoo
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .explain import routing_picture as routing_picture
+    from .profiling import profile as profile
+
+__version__ = _version("vitrail")
+
+_LAZY = {"profile": "profiling", "routing_picture": "explain"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vitrail' has no attribute '{name}'")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

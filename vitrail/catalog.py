@@ -1,0 +1,135 @@
+"""Models by name: what there is, how large it is, and how to make one at the size that is asked for."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from .published import Published, published_figures
+from .zoo import list_families
+
+
+class UnknownModelError(ValueError):
+    """No model has this name."""
+
+
+def family_of(name: str) -> str | None:
+    """The vitrail family that a model name belongs to, None for timm's own models."""
+    name = name.split(".")[0]
+    return next((family for family, names in list_families().items() if name in names), None)
+
+
+def check_model_name(name: str) -> str:
+    """Return `name` if timm or vitrail has a model of that name.
+
+    Raises:
+        UnknownModelError: there is none; the message proposes the nearest names.
+    """
+    if timm.is_model(name):
+        return name
+    families = list_families()
+    if name in families:
+        raise UnknownModelError(f"'{name}' is a family, not a model; choose one of {', '.join(families[name])}")
+    ours = [model for names in families.values() for model in names]
+    near = difflib.get_close_matches(name.lower(), ours, n=3, cutoff=0.7)
+    near = near or difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.7)
+    near = near or difflib.get_close_matches(name.lower(), ours, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UnknownModelError(f"no model is called '{name}'; {hint}`vitrail models` lists them all")
+
+
+def default_size(name: str) -> tuple[int, int]:
+    """Input height and width that a model is meant for."""
+    cfg = timm.get_pretrained_cfg(check_model_name(name), allow_unregistered=True)
+    return tuple(cfg.input_size[-2:]) if cfg else (224, 224)
+
+
+def create_model(
+    name: str,
+    img_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    checkpoint: str | None = None,
+) -> nn.Module:
+    """`timm.create_model` in eval mode, for an input size and with weights from a file.
+
+    Args:
+        name: any model name of timm's, vitrail's among them.
+        img_size: input (height, width), given to models whose weights depend on it; the others need not know.
+        num_classes: width of the classifier, default the model's own.
+        checkpoint: file with weights in our layout or the authors'. Its classifier must have `num_classes` classes,
+            unless `num_classes` is 0 (no classifier).
+
+    Raises:
+        UnknownModelError: no model has this name.
+    """
+    cfg = timm.get_pretrained_cfg(check_model_name(name), allow_unregistered=True)
+    arguments: dict[str, Any] = {}
+    if img_size is not None and img_size != default_size(name) and cfg and cfg.fixed_input_size:
+        arguments["img_size"] = img_size
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    if checkpoint is not None:
+        overlay: dict[str, Any] = {"file": checkpoint}
+        if num_classes:
+            # else timm takes the file for one of 1000 classes and silently leaves the classifier random
+            overlay["num_classes"] = num_classes
+        arguments.update(pretrained=True, pretrained_cfg_overlay=overlay)
+    return timm.create_model(name, **arguments).eval()
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of `vitrail models`."""
+
+    name: str
+    family: str
+    parameters: int
+    macs: int
+    """Multiply-accumulates of one image at the default size."""
+    img_size: tuple[int, int]
+    weights: str
+    published: Published | None
+
+
+def _weights(name: str) -> str:
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if cfg is not None and cfg.hf_hub_id:
+        return f"hub: {cfg.hf_hub_id}"
+    if cfg is not None and cfg.url:
+        return cfg.url
+    published = published_figures(name)
+    return published.weights if published else "none published"
+
+
+def describe(name: str) -> ModelRow:
+    """Size and cost of a model, found without allocating any weights."""
+    from .profiling import count_with_torch
+
+    family = family_of(name)
+    with torch.device("meta"):
+        model = timm.create_model(check_model_name(name)).eval()
+        size = default_size(name)
+        macs = count_with_torch(model, torch.empty(1, 3, *size))
+    return ModelRow(
+        name=name,
+        family=family or "timm",
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=macs,
+        img_size=size,
+        weights=_weights(name),
+        published=published_figures(name),
+    )
+
+
+def model_names(pattern: str | None = None) -> list[str]:
+    """Names of vitrail's models, family by family; only those that contain `pattern` (or match it, with wildcards)."""
+    import fnmatch
+
+    names = [name for models in list_families().values() for name in models]
+    if not pattern:
+        return names
+    wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    return [name for name in names if fnmatch.fnmatch(name, wild)]

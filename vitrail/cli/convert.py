@@ -1,0 +1,2 @@
+"""x."""
+def add(commands, common): pass
