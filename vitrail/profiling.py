@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .catalog import create_model, default_size
+from .export.capture import evaluation
 from .ops import use_ops
 from .ops.flops import fvcore_handlers, torch_flop_formulas
 from .published import Published, published_figures
@@ -326,13 +327,11 @@ def profile(
         raise ValueError("the model is on the meta device, which cannot be traced; pass its name or a real copy")
     images = torch.zeros(batch, in_chans, *size, device=parameter.device, dtype=parameter.dtype)
 
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
     paths: list[PathCount] = []
     shapes: dict[str, torch.Size] = {}
-    try:
+    with evaluation(module), _quiet():
         for path, mode in (("fused", "auto"), ("reference", "reference")):
-            with use_ops(mode), torch.no_grad(), _quiet():
+            with use_ops(mode):
                 with _output_shapes(_parts(module), shapes):
                     by_torch = count_with_torch(module, images)
                 analysis = _count_with_fvcore(module, images)
@@ -340,13 +339,11 @@ def profile(
                 stages = _stages(module, analysis, shapes, size)
             by_operator = {op: int(macs) for op, macs in analysis.by_operator().most_common()}
             uncounted = {op: n for op, n in analysis.unsupported_ops().items() if _carries_products(op)}
-            paths.append(PathCount(path, int(analysis.total()), by_torch, by_operator, uncounted))
-            if not _has_our_operators(by_operator):
-                paths = [PathCount("standard", int(analysis.total()), by_torch, by_operator, uncounted)]
+            one_path = not paths and not _has_our_operators(by_operator)
+            label = "standard" if one_path else path
+            paths.append(PathCount(label, int(analysis.total()), by_torch, by_operator, uncounted))
+            if one_path:
                 break
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
     parameters = sum(p.numel() for p in module.parameters())
     published = published_figures(name)

@@ -1,2 +1,51 @@
-"""x."""
-def add(commands, common): pass
+"""`vitrail convert`: published weights to a safetensors file of ours."""
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from .terminal import JobFailed, Terminal, existing_file, model_name, new_file
+
+_EXAMPLES = """\
+examples:
+  vitrail convert biformer_small biformer_small_best.pth biformer_small.safetensors
+
+then, in Python:
+  timm.create_model("biformer_small", pretrained=True,
+                    pretrained_cfg_overlay={"file": "biformer_small.safetensors"})
+"""
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "convert",
+        parents=[common],
+        help="turn published weights into a safetensors file",
+        description="Read a checkpoint in the authors' layout (or ours), check that it fits the model in every\n"
+        "tensor, and write it as safetensors. Pickled code in a file is never run: such a file is refused.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", type=model_name, help="the model that the weights are for")
+    parser.add_argument("source", metavar="SOURCE", type=existing_file, help="checkpoint, .pth or .safetensors")
+    parser.add_argument(
+        "target", metavar="TARGET", type=new_file(".safetensors"), help="file to write, ends in .safetensors"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    """Convert and say what was converted."""
+    from ..zoo import convert_checkpoint
+    from ..zoo.weights import CheckpointError
+
+    try:
+        report = convert_checkpoint(args.model, args.source, args.target)
+    except CheckpointError as error:
+        raise JobFailed(str(error)) from error
+    text = (
+        f"{report.target}: {report.tensors} tensors, {report.parameters / 1e6:.2f} M parameters "
+        f"of {report.model}, from {report.source} ({report.layout} layout)"
+    )
+    terminal.result({key: str(v) if key in ("source", "target") else v for key, v in asdict(report).items()}, text)
+    return 0

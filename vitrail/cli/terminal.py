@@ -168,6 +168,17 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def positive_number(text: str) -> float:
+    """A number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number above zero")
+    return value
+
+
 def existing_file(text: str) -> str:
     """A file that is there."""
     if Path(text).is_dir():
