@@ -1,8 +1,11 @@
 """Models by name: what there is, how large it is, and how to make one at the size that is asked for."""
 
 import difflib
+import fnmatch
+import re
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import timm
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 
 from .published import Published, published_figures
 from .zoo import list_families
+from .zoo.weights import CheckpointError
 
 
 class UnknownModelError(ValueError):
@@ -64,6 +68,7 @@ def create_model(
 
     Raises:
         UnknownModelError: no model has this name.
+        CheckpointError: the file is no checkpoint of this model, or of one with another number of classes.
     """
     cfg = timm.get_pretrained_cfg(check_model_name(name), allow_unregistered=True)
     arguments: dict[str, Any] = {}
@@ -71,13 +76,22 @@ def create_model(
         arguments["img_size"] = img_size
     if num_classes is not None:
         arguments["num_classes"] = num_classes
-    if checkpoint is not None:
-        overlay: dict[str, Any] = {"file": checkpoint}
-        if num_classes:
-            # else timm takes the file for one of 1000 classes and silently leaves the classifier random
-            overlay["num_classes"] = num_classes
-        arguments.update(pretrained=True, pretrained_cfg_overlay=overlay)
-    return timm.create_model(name, **arguments).eval()
+    if checkpoint is None:
+        return timm.create_model(name, **arguments).eval()
+    overlay: dict[str, Any] = {"file": checkpoint}
+    if num_classes:
+        # else timm takes the file for one of 1000 classes and silently leaves the classifier random
+        overlay["num_classes"] = num_classes
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
+    except CheckpointError:
+        raise
+    except Exception as error:  # timm lets through whatever its reader of files raises
+        text = " ".join(str(error).split()) or type(error).__name__
+        classes = re.search(r"size mismatch for \S*\.weight: .*?\[(\d+), (\d+)\].*?\[(\d+), \2\]", text)
+        if classes and text.count("size mismatch") <= 2:
+            text = f"its classifier has {classes[1]} classes where {classes[3]} are asked for (see num_classes)"
+        raise CheckpointError(f"{checkpoint} does not fit {name}: {text[:300]}") from error
 
 
 @dataclass(frozen=True)
@@ -91,17 +105,19 @@ class ModelRow:
     """Multiply-accumulates of one image at the default size."""
     img_size: tuple[int, int]
     weights: str
+    """Where they come from, or how to get them."""
+    weights_url: str | None
     published: Published | None
 
 
-def _weights(name: str) -> str:
+def _weights(name: str) -> tuple[str, str | None]:
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if cfg is not None and cfg.hf_hub_id:
-        return f"hub: {cfg.hf_hub_id}"
+        return f"pretrained=True, hub {cfg.hf_hub_id}", f"https://huggingface.co/{cfg.hf_hub_id}"
     if cfg is not None and cfg.url:
-        return cfg.url
+        return f"pretrained=True, from {urlsplit(cfg.url).hostname}", cfg.url
     published = published_figures(name)
-    return published.weights if published else "none published"
+    return (published.weights, published.code) if published else ("none published", None)
 
 
 def describe(name: str) -> ModelRow:
@@ -109,6 +125,7 @@ def describe(name: str) -> ModelRow:
     from .profiling import count_with_torch
 
     family = family_of(name)
+    weights, url = _weights(name)
     with torch.device("meta"):
         model = timm.create_model(check_model_name(name)).eval()
         size = default_size(name)
@@ -119,15 +136,14 @@ def describe(name: str) -> ModelRow:
         parameters=sum(p.numel() for p in model.parameters()),
         macs=macs,
         img_size=size,
-        weights=_weights(name),
+        weights=weights,
+        weights_url=url,
         published=published_figures(name),
     )
 
 
 def model_names(pattern: str | None = None) -> list[str]:
     """Names of vitrail's models, family by family; only those that contain `pattern` (or match it, with wildcards)."""
-    import fnmatch
-
     names = [name for models in list_families().values() for name in models]
     if not pattern:
         return names

@@ -143,6 +143,9 @@ def draw_panel(photo: "Image", routing: Routing, point: tuple[float, float], sid
     asking = routing.region_at(point)
     attended = routing.attended_from(asking)
     draw = ImageDraw.Draw(panel)
+    if asking not in attended:
+        box = _pixels(routing, asking, side)
+        panel.paste(Image.blend(bright, Image.new("RGB", side, _BACKGROUND), 0.4).crop(box), box[:2])
     for region in attended:
         left, top, right, bottom = box = _pixels(routing, region, side)
         if right <= left or bottom <= top:

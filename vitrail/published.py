@@ -14,7 +14,10 @@ class Published:
     paper: str
     venue: str
     url: str
+    code: str
+    """Address of the authors' code."""
     weights: str
+    """Where the authors' weights are and how to use them."""
     params: float | None = None
     """Parameters in millions."""
     gmac: float | None = None
@@ -36,6 +39,7 @@ def _figures() -> dict[str, Published]:
             paper=entry["paper"],
             venue=entry["venue"],
             url=entry["url"],
+            code=entry["code"],
             weights=entry["weights"],
             **figures,
         )

@@ -1,7 +1,6 @@
 """`vitrail convert`: published weights to a safetensors file of ours."""
 
 import argparse
-from dataclasses import asdict
 from typing import Any
 
 from .terminal import JobFailed, Terminal, existing_file, model_name, new_file
@@ -44,8 +43,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     except CheckpointError as error:
         raise JobFailed(str(error)) from error
     text = (
-        f"{report.target}: {report.tensors} tensors, {report.parameters / 1e6:.2f} M parameters "
-        f"of {report.model}, from {report.source} ({report.layout} layout)"
+        f"{report.target}: {report.model} with {report.num_classes} classes, "
+        f"{report.parameters / 1e6:.2f} M parameters in {report.tensors} tensors"
     )
-    terminal.result({key: str(v) if key in ("source", "target") else v for key, v in asdict(report).items()}, text)
+    terminal.result({"ok": True, **report.to_dict()}, text)
     return 0

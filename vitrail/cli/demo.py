@@ -63,6 +63,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from ..demo import STEPS, run_demo
     from ..export import ExportError
     from ..export.images import load_image
+    from ..zoo.weights import CheckpointError
 
     if family_of(args.model) != "biformer":
         raise UsageError(f"{args.model} has no routed attention to show; choose one of biformer_*")
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     try:
         with terminal.steps(STEPS) as steps:
             report = run_demo(args.output, args.model, args.image, args.checkpoint, steps.begin, steps.detail)
-    except ExportError as error:
+    except (ExportError, CheckpointError) as error:
         raise JobFailed(str(error)) from error
     terminal.result(report.to_dict(), *render(report, terminal, watch.seconds))
     for failure in report.profile.failures:

@@ -109,6 +109,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     from ..catalog import create_model
     from ..export import OPSETS, ExportError, VerificationError, to_onnx
+    from ..zoo.weights import CheckpointError
 
     if args.opset not in OPSETS:
         raise UsageError(f"--opset must lie between {OPSETS[0]} and {OPSETS[-1]}, got {args.opset}")
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
             raise JobFailed(str(error)) from error
         terminal.result({"ok": False, "error": str(error), "verification": error.report.to_dict()})
         return 1
-    except ExportError as error:
+    except (ExportError, CheckpointError) as error:
         raise JobFailed(str(error)) from error
     terminal.result({"ok": True, **report.to_dict()}, report.table())
     if args.checkpoint is None:

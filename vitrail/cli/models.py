@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     names = model_names(args.filter)
     if not names:
         raise UsageError(f"no model matches '{args.filter}'; `vitrail models` lists them all")
-    rows = [describe(name) for name in names]
+    rows = sorted((describe(name) for name in names), key=lambda row: (row.family, row.macs, row.name))
     document = {
         "models": [
             {
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 "img_size": list(row.img_size),
                 "top1": row.published.top1 if row.published else None,
                 "weights": row.weights,
+                "weights_url": row.weights_url,
                 "paper": row.published.url if row.published else None,
             }
             for row in rows

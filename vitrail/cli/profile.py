@@ -85,7 +85,7 @@ def render(report: "ProfileReport", terminal: Terminal) -> "list[RenderableType]
                     stage.name,
                     size_text(stage.resolution),
                     str(stage.channels or ""),
-                    millions(stage.parameters),
+                    millions(stage.parameters, 3),
                     f"{stage.macs / 1e9:.3f}",
                     f"{stage.share:.1%}",
                 ]

@@ -129,17 +129,16 @@ class Terminal:
 
     def facts(self, pairs: Sequence[tuple[str, str]], title: str | None = None) -> "RenderableType":
         """Names and values, one pair a line; long values go on below each other."""
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(no_wrap=True)
         grid.add_column(overflow="fold")
-        grid.title = Text(title, style="bold") if title else None
-        grid.title_justify = "left"
         for name, value in pairs:
             grid.add_row(Text(name, style="dim"), Text(value))
-        return grid
+        return Group(Text(title, style="bold"), grid) if title else grid
 
 
 # --- argument types ---------------------------------------------------------------------------------------------------
@@ -222,9 +221,9 @@ def size_text(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def millions(count: int) -> str:
-    """A count in millions with two decimals."""
-    return f"{count / 1e6:.2f}"
+def millions(count: int, decimals: int = 2) -> str:
+    """A count in millions."""
+    return f"{count / 1e6:.{decimals}f}"
 
 
 def first_line(error: BaseException) -> str:
