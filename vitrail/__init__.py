@@ -4,7 +4,6 @@
 too and are imported when first used.
 """
 
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 from pathlib import Path
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from .explain import routing_picture as routing_picture
     from .profiling import profile as profile
 
-__version__ = _version("vitrail")
+__version__ = "0.1.0"
 
 _LAZY = {"profile": "profiling", "routing_picture": "explain"}
 

@@ -36,7 +36,9 @@ def check_model_name(name: str) -> str:
         return name
     families = list_families()
     if name in families:
-        raise UnknownModelError(f"'{name}' is a family, not a model; choose one of {', '.join(families[name])}")
+        raise UnknownModelError(
+            f"'{name}' is a family, not a model; choose one of {', '.join(families[name])}"
+        )
     ours = [model for names in families.values() for model in names]
     near = difflib.get_close_matches(name.lower(), ours, n=3, cutoff=0.7)
     near = near or difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.7)
@@ -90,7 +92,9 @@ def create_model(
         text = " ".join(str(error).split()) or type(error).__name__
         classes = re.search(r"size mismatch for \S*\.weight: .*?\[(\d+), (\d+)\].*?\[(\d+), \2\]", text)
         if classes and text.count("size mismatch") <= 2:
-            text = f"its classifier has {classes[1]} classes where {classes[3]} are asked for (see num_classes)"
+            text = (
+                f"its classifier has {classes[1]} classes where {classes[3]} are asked for (see num_classes)"
+            )
         raise CheckpointError(f"{checkpoint} does not fit {name}: {text[:300]}") from error
 
 

@@ -99,7 +99,11 @@ def _advice(status: library.LibraryStatus, machine: dict[str, Any]) -> list[str]
     if status.mode == "reference":
         advice.append("VITRAIL_OPS=reference is set: unset it to use compiled operators")
     elif not status.loaded and status.compiler is None:
-        how = "xcode-select --install" if platform.system() == "Darwin" else "on Debian and Ubuntu: apt install g++"
+        how = (
+            "xcode-select --install"
+            if platform.system() == "Darwin"
+            else "on Debian and Ubuntu: apt install g++"
+        )
         advice.append(f"install a C++ compiler, so that the operators can be compiled ({how})")
     elif not status.loaded:
         advice.append("run `vitrail build`: it compiles the operators now, instead of at their first use")
@@ -107,9 +111,13 @@ def _advice(status: library.LibraryStatus, machine: dict[str, Any]) -> list[str]
         cause = "OMP_NUM_THREADS is set" if "OMP_NUM_THREADS" in os.environ else "torch was told or chose so"
         advice.append(f"torch uses {machine['threads']} of {machine['cores']} cores ({cause})")
     if machine["cuda"]:
-        advice.append("the operators have no CUDA kernels yet: on the GPU their definitions in plain PyTorch run")
+        advice.append(
+            "the operators have no CUDA kernels yet: on the GPU their definitions in plain PyTorch run"
+        )
     if shutil.which("nvidia-smi") and not machine["cuda"]:
-        advice.append("there is an NVIDIA driver, but this torch cannot use it: see https://pytorch.org/get-started")
+        advice.append(
+            "there is an NVIDIA driver, but this torch cannot use it: see https://pytorch.org/get-started"
+        )
     return advice
 
 

@@ -43,7 +43,8 @@ class Routing:
     def region_at(self, point: tuple[float, float]) -> tuple[int, int]:
         """Row and column of the region under a point, given as (y, x) shares of the image."""
         row, column = (
-            min(int(at / share), count - 1) for at, share, count in zip(point, self.extent, self.grid, strict=True)
+            min(int(at / share), count - 1)
+            for at, share, count in zip(point, self.extent, self.grid, strict=True)
         )
         return row, column
 
@@ -100,7 +101,9 @@ def record_routes(model: nn.Module, image: Tensor) -> list[Routing]:
     with evaluation(model), _recording(model) as routings:
         model(image)
     if not routings:
-        raise ValueError(f"{type(model).__name__} has no routed attention to show; the models that do are biformer_*")
+        raise ValueError(
+            f"{type(model).__name__} has no routed attention to show; the models that do are biformer_*"
+        )
     return routings
 
 
@@ -126,7 +129,9 @@ def _pixels(routing: Routing, region: tuple[int, int], side: tuple[int, int]) ->
     return round(left), round(top), min(round(right), width), min(round(bottom), height)
 
 
-def draw_panel(photo: "Image", routing: Routing, point: tuple[float, float], side: tuple[int, int]) -> "Image":
+def draw_panel(
+    photo: "Image", routing: Routing, point: tuple[float, float], side: tuple[int, int]
+) -> "Image":
     """The photo, dim but for the regions that the one under `point` attends to.
 
     Args:
@@ -161,7 +166,9 @@ def draw_panel(photo: "Image", routing: Routing, point: tuple[float, float], sid
         }
         for neighbour, line in edges.items():
             lead = neighbour in attended  # pieces of glass that touch are joined by lead
-            draw.line(line, fill=_BACKGROUND if lead else _ATTENDED, width=max(1, thick // 2) if lead else thick)
+            draw.line(
+                line, fill=_BACKGROUND if lead else _ATTENDED, width=max(1, thick // 2) if lead else thick
+            )
     _mark(draw, _pixels(routing, asking, side), thick)
     return panel
 
@@ -179,7 +186,9 @@ def _legend(draw: Any, x: int, y: int) -> None:
         x += 24 + int(draw.textlength(text, font=_font(16))) + 32
 
 
-def _compose(photo: "Image", routings: list[Routing], stages: int, point: tuple[float, float], title: str, note: str) -> "Image":
+def _compose(
+    photo: "Image", routings: list[Routing], stages: int, point: tuple[float, float], title: str, note: str
+) -> "Image":
     """A column for each stage: its last block large, the blocks before it small below."""
     from PIL import Image, ImageDraw
 
@@ -201,7 +210,9 @@ def _compose(photo: "Image", routings: list[Routing], stages: int, point: tuple[
         if blocks:
             last = blocks[-1]
             regions = last.grid[0] * last.grid[1]
-            caption = f"Stage {stage + 1}, block {last.block + 1}: {last.routes.shape[1]} of {regions} regions"
+            caption = (
+                f"Stage {stage + 1}, block {last.block + 1}: {last.routes.shape[1]} of {regions} regions"
+            )
             canvas.paste(draw_panel(photo, last, point, big), (x, head + _CAPTION))
         else:
             caption = f"Stage {stage + 1}: full attention, to everything"
@@ -263,7 +274,11 @@ def routing_picture(
     enlarge = -(-_PANEL // size[1])
     seen = replace(prepare, mean=(0.0,), std=(1.0,))(photo, (size[0] * enlarge, size[1] * enlarge))
     stages = len(getattr(model, "stages", ())) or routings[-1].stage + 1
-    where = "the region at the photo's centre" if point == (0.5, 0.5) else f"the region at {point[0]:.0%}, {point[1]:.0%}"
+    where = (
+        "the region at the photo's centre"
+        if point == (0.5, 0.5)
+        else f"the region at {point[0]:.0%}, {point[1]:.0%}"
+    )
     name = title or f"Where {where} looks"
     picture = io.BytesIO()
     _compose(to_picture(seen), routings, stages, point, name, note).save(picture, "PNG", optimize=True)

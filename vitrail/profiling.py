@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .catalog import create_model, default_size
 from .export.capture import evaluation
-from .ops import use_ops
+from .ops import library, use_ops
 from .ops.flops import fvcore_handlers, torch_flop_formulas
 from .published import Published, published_figures
 
@@ -31,12 +31,12 @@ PAPER_TOLERANCE = 0.02
 
 # Ops that fvcore has no formula for and that are no multiply-accumulates: sums, selections, copies. Element-wise ops
 # and views need no list, torch tags them.
-_NO_PRODUCTS = frozenset(
-    """amax amin argmax argmin argsort avg_pool2d cumsum dropout embedding feature_dropout index_add index_select
-    linalg_vector_norm log_softmax logsumexp max_pool2d max_pool2d_with_indices mean meshgrid norm one_hot pad
-    pixel_shuffle pixel_unshuffle prod repeat repeat_interleave scatter scatter_ scatter_add softmax sort std sum
-    take_along_dim tile topk tril triu unfold upsample_bicubic2d upsample_nearest1d var var_mean zero_""".split()
-)
+_NO_PRODUCTS = (
+    "amax amin argmax argmin argsort avg_pool2d cumsum dropout embedding feature_dropout index_add index_select "
+    "linalg_vector_norm log_softmax logsumexp max_pool2d max_pool2d_with_indices mean meshgrid norm one_hot pad "
+    "pixel_shuffle pixel_unshuffle prod repeat repeat_interleave scatter scatter_ scatter_add softmax sort std sum "
+    "take_along_dim tile topk tril triu unfold upsample_bicubic2d upsample_nearest1d var var_mean zero_"
+).split()
 
 
 def _carries_products(kind: str) -> bool:
@@ -88,6 +88,7 @@ def _quiet() -> Iterator[None]:
     """fvcore and the tracer below it warn about themselves, which tells the reader of a profile nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", message="vitrail ")
         yield
 
 
@@ -198,9 +199,16 @@ class ProfileReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        document = asdict(self) | {"macs": self.macs, "gmac": self.macs / 1e9, "ok": self.ok, "failures": self.failures}
+        document = asdict(self) | {
+            "macs": self.macs,
+            "gmac": self.macs / 1e9,
+            "ok": self.ok,
+            "failures": self.failures,
+        }
         document["paths"] = [asdict(p) | {"difference": p.difference} for p in self.paths]
-        document["comparisons"] = [asdict(c) | {"deviation": c.deviation, "ok": c.ok} for c in self.comparisons]
+        document["comparisons"] = [
+            asdict(c) | {"deviation": c.deviation, "ok": c.ok} for c in self.comparisons
+        ]
         return document
 
 
@@ -220,7 +228,9 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     return parts
 
 
-def _map_layout(shape: torch.Size, input_size: tuple[int, int], channels_last: bool) -> tuple[tuple[int, ...], int]:
+def _map_layout(
+    shape: torch.Size, input_size: tuple[int, int], channels_last: bool
+) -> tuple[tuple[int, ...], int]:
     """Resolution and channels of an output: `(B, C, H, W)`, `(B, H, W, C)`, `(B, N, C)` or `(B, C)`."""
     if len(shape) != 4:
         return tuple(shape[1:-1]), shape[-1]
@@ -291,7 +301,7 @@ def profile(
 
     A multiply-accumulate counts once, as in the papers; normalisation counts as fvcore counts it (5 operations per
     element, 2 for a batch norm in eval mode). Models with operators of vitrail's are counted on both paths, as fused
-    operators and as their definition in plain PyTorch.
+    operators and as their definition in plain PyTorch (on the latter only with `VITRAIL_OPS=reference`).
 
     Args:
         model: a model name that timm knows, or a module on a real device (not meta) that takes
@@ -324,14 +334,16 @@ def profile(
         size = img_size or tuple(cfg.get("input_size", (3, 224, 224))[-2:])
     parameter = next(module.parameters(), torch.empty(0))
     if parameter.is_meta:
-        raise ValueError("the model is on the meta device, which cannot be traced; pass its name or a real copy")
+        raise ValueError(
+            "the model is on the meta device, which cannot be traced; pass its name or a real copy"
+        )
     images = torch.zeros(batch, in_chans, *size, device=parameter.device, dtype=parameter.dtype)
 
     paths: list[PathCount] = []
     shapes: dict[str, torch.Size] = {}
     with evaluation(module), _quiet():
-        for path, mode in (("fused", "auto"), ("reference", "reference")):
-            with use_ops(mode):
+        for path in ("reference",) if library.mode() == "reference" else ("fused", "reference"):
+            with use_ops("auto" if path == "fused" else "reference"):
                 with _output_shapes(_parts(module), shapes):
                     by_torch = count_with_torch(module, images)
                 analysis = _count_with_fvcore(module, images)
@@ -339,7 +351,7 @@ def profile(
                 stages = _stages(module, analysis, shapes, size)
             by_operator = {op: int(macs) for op, macs in analysis.by_operator().most_common()}
             uncounted = {op: n for op, n in analysis.unsupported_ops().items() if _carries_products(op)}
-            one_path = not paths and not _has_our_operators(by_operator)
+            one_path = path == "fused" and not _has_our_operators(by_operator)
             label = "standard" if one_path else path
             paths.append(PathCount(label, int(analysis.total()), by_torch, by_operator, uncounted))
             if one_path:

@@ -9,7 +9,8 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from . import build, convert, demo, doctor, export, models, profile
@@ -62,13 +63,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def _only_our_words(terminal: Terminal) -> Iterator[None]:
+    """What libraries print on the way is no result, and what they warn about is not for the user; our warnings are."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", message="vitrail ")
+        warnings.showwarning = lambda message, *args, **kwargs: terminal.warn(str(message))
+        yield
+
+
+def _check_environment() -> None:
+    from ..ops import library
+
+    try:
+        library.mode()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def _run(argv: list[str]) -> int:
     as_json, debug = "--json" in argv, "--debug" in argv
     terminal = Terminal(as_json)
     try:
         args = _parser().parse_args(argv)
-        # what libraries print on the way is no result
-        with contextlib.redirect_stdout(sys.stderr):
+        _check_environment()
+        with _only_our_words(terminal):
             code: int = args.run(args, terminal)
         return code
     except BrokenPipeError:
@@ -77,8 +97,7 @@ def _run(argv: list[str]) -> int:
         if debug:
             traceback.print_exc()
         expected = isinstance(error, UsageError | JobFailed | OSError)
-        text = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
-        terminal.error(text)
+        terminal.error(str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)")
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -22,7 +22,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "Needs a C++ compiler; without one everything runs on the operators' definitions in PyTorch.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("--force", action="store_true", help="build even where a matching library is in the cache")
+    parser.add_argument(
+        "--force", action="store_true", help="build even where a matching library is in the cache"
+    )
     parser.set_defaults(run=run)
 
 
@@ -30,23 +32,24 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Build and say where the library is."""
     from ..ops import library
 
-    cached = library.status().cached and not args.force
     watch = Stopwatch()
-    with terminal.steps(1) as steps:
-        steps.begin("looking at the cache" if cached else "compiling the operators")
-        try:
-            path = library.build(force=args.force, progress=steps.detail)
-        except RuntimeError as error:
-            raise JobFailed(str(error)) from error
-    status = library.status()
+    before = library.status()
+    reused = before.cached and not args.force
+    try:
+        with terminal.steps() as steps:
+            path = library.build(force=args.force, progress=steps.update)
+    except library.BuildError as error:
+        raise JobFailed(str(error)) from error
+    size = path.stat().st_size
     document = {
+        "ok": True,
         "path": str(path),
-        "built": not cached,
+        "built": not reused,
         "seconds": watch.seconds,
-        "size_bytes": path.stat().st_size,
-        "compiler": status.compiler,
-        "compiler_version": status.compiler_version,
+        "size_bytes": size,
+        "compiler": before.compiler,
+        "compiler_version": before.compiler_version,
     }
-    what = "already built" if cached else f"built in {watch.seconds:.1f} s"
-    terminal.result(document, f"{what}: {path} ({path.stat().st_size / 1e3:.0f} kB)")
+    what = "already built" if reused else f"built in {watch.seconds:.1f} s"
+    terminal.result(document, f"{what}: {path} ({size / 1e3:.0f} kB)")
     return 0

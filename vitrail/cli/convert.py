@@ -26,7 +26,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         epilog=_EXAMPLES,
     )
     parser.add_argument("model", metavar="MODEL", type=model_name, help="the model that the weights are for")
-    parser.add_argument("source", metavar="SOURCE", type=existing_file, help="checkpoint, .pth or .safetensors")
+    parser.add_argument(
+        "source", metavar="SOURCE", type=existing_file, help="checkpoint, .pth or .safetensors"
+    )
     parser.add_argument(
         "target", metavar="TARGET", type=new_file(".safetensors"), help="file to write, ends in .safetensors"
     )

@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .terminal import JobFailed, Stopwatch, Terminal, UsageError, existing_file, millions, model_name, size_text
+from .terminal import (
+    JobFailed,
+    Stopwatch,
+    Terminal,
+    UsageError,
+    existing_file,
+    millions,
+    model_name,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from ..demo import DemoReport
@@ -30,7 +39,11 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         epilog=_EXAMPLES,
     )
     parser.add_argument(
-        "--output", type=_folder, default="demo", metavar="DIR", help="folder for the results (default: %(default)s)"
+        "--output",
+        type=_folder,
+        default="demo",
+        metavar="DIR",
+        help="folder for the results (default: %(default)s)",
     )
     parser.add_argument(
         "--model",
@@ -40,7 +53,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="one of biformer_* (default: %(default)s)",
     )
     parser.add_argument(
-        "--image", type=existing_file, metavar="FILE", help="a photo (default: china.jpg, which scikit-learn ships)"
+        "--image",
+        type=existing_file,
+        metavar="FILE",
+        help="a photo (default: china.jpg, which scikit-learn ships)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -89,7 +105,10 @@ def render(report: "DemoReport", terminal: Terminal, seconds: float) -> list[Any
     cost, speed, export = report.profile, report.speed, report.export
     facts = [
         ("photo", report.photo),
-        ("weights", f"{report.weights}; class scores mean nothing" if report.random_weights else report.weights),
+        (
+            "weights",
+            f"{report.weights}; class scores mean nothing" if report.random_weights else report.weights,
+        ),
         ("features", "  ".join(size_text(shape[1:]) for shape in report.features)),
         ("routing", f"{report.files['routing']}: where the photo's centre looks, stage by stage"),
         ("parameters", f"{millions(cost.parameters)} M" + _beside(cost, "parameters (M)")),
@@ -104,7 +123,9 @@ def render(report: "DemoReport", terminal: Terminal, seconds: float) -> list[Any
             )
         )
     else:
-        facts.append(("speed", f"reference {speed.reference_ms:.0f} ms; no compiled operators: {speed.reason}"))
+        facts.append(
+            ("speed", f"reference {speed.reference_ms:.0f} ms; no compiled operators: {speed.reason}")
+        )
     facts.append(("ONNX", f"{report.files['onnx']}, {export.size_bytes / 1e6:.1f} MB"))
     if export.verification:
         checks = export.verification.checks
@@ -120,7 +141,10 @@ def render(report: "DemoReport", terminal: Terminal, seconds: float) -> list[Any
             )
         )
     facts.append(("report", report.files["report"]))
-    return [terminal.facts(facts, f"{report.model} at {size_text(cost.img_size)}"), f"\ndone in {seconds:.0f} s"]
+    return [
+        terminal.facts(facts, f"{report.model} at {size_text(cost.img_size)}"),
+        f"\ndone in {seconds:.0f} s",
+    ]
 
 
 def _beside(cost: Any, figure: str) -> str:

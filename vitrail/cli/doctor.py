@@ -31,14 +31,19 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     found = diagnose()
     machine, status = found.machine, found.library
-    cuda = ", ".join(machine["cuda"]) or ("none to be seen" if machine["torch_cuda"] else "torch built without")
+    cuda = ", ".join(machine["cuda"]) or (
+        "none to be seen" if machine["torch_cuda"] else "torch built without"
+    )
     facts = [
         ("versions", ", ".join(f"{name} {number}" for name, number in found.versions.items())),
         ("system", machine["system"]),
         ("CPU", f"{machine['cpu']}, {machine['capability']}"),
         ("threads", f"{machine['threads']} of {machine['cores']} cores"),
         ("CUDA", cuda),
-        ("compiler", f"{status.compiler} {status.compiler_version or ''}".strip() if status.compiler else "none found"),
+        (
+            "compiler",
+            status.compiler_version or status.compiler or "none found",
+        ),
         ("VITRAIL_OPS", status.mode),
         ("library", f"{status.path}" if status.cached or status.loaded else "not built"),
         ("cache", str(status.cache_dir)),
@@ -47,6 +52,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         ["operator", "runs", "why"],
         [[op.name, "compiled" if op.compiled else "definition", op.reason] for op in found.operators],
     )
-    advice = [("to do", line) for line in found.advice] or [("to do", "nothing, this is as fast as it gets here")]
+    advice = [("to do", line) for line in found.advice] or [
+        ("to do", "nothing")
+    ]
     terminal.result(found.to_dict(), terminal.facts(facts), "", operators, terminal.facts(advice))
     return 0

@@ -32,7 +32,9 @@ def _axes(text: str) -> tuple[str, ...]:
     if axes == ("none",):
         return ()
     if not set(axes) <= set(_AXES):
-        raise argparse.ArgumentTypeError(f"'{text}' must be none, or some of {','.join(_AXES)} with commas between")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' must be none, or some of {','.join(_AXES)} with commas between"
+        )
     return axes
 
 
@@ -60,10 +62,15 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "what the model computes in torch; otherwise the exit code is 1 and there is no file.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("model", metavar="MODEL", type=model_name, help="a model name, of vitrail's or timm's")
+    parser.add_argument(
+        "model", metavar="MODEL", type=model_name, help="a model name, of vitrail's or timm's"
+    )
     parser.add_argument("output", metavar="OUT", type=new_file(".onnx"), help="file to write, ends in .onnx")
     parser.add_argument(
-        "--img-size", type=image_size, metavar="N|HxW", help="input size (default: what the model is meant for)"
+        "--img-size",
+        type=image_size,
+        metavar="N|HxW",
+        help="input size (default: what the model is meant for)",
     )
     parser.add_argument(
         "--dynamic",
@@ -73,7 +80,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="axes left open: batch, height, width with commas between, or none (default: %(default)s)",
     )
     parser.add_argument(
-        "--num-classes", type=at_least(0), metavar="N", help="classes, 0 for pooled features (default: the model's)"
+        "--num-classes",
+        type=at_least(0),
+        metavar="N",
+        help="classes, 0 for pooled features (default: the model's)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -81,7 +91,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="weights, in our layout or the authors' (default: random weights from --seed)",
     )
-    parser.add_argument("--opset", type=int, default=20, metavar="N", help="operator set (default: %(default)s)")
+    parser.add_argument(
+        "--opset", type=int, default=20, metavar="N", help="operator set (default: %(default)s)"
+    )
     parser.add_argument(
         "--images",
         type=_images,
@@ -89,8 +101,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="photos or folders to verify with (default: the two that scikit-learn ships)",
     )
-    parser.add_argument("--features", action="store_true", help="write the feature pyramid instead of class scores")
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="write the file without proof")
+    parser.add_argument(
+        "--features", action="store_true", help="write the feature pyramid instead of class scores"
+    )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="write the file without proof"
+    )
     parser.add_argument(
         "--tolerance",
         type=positive_number,
@@ -98,7 +114,11 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="largest error relative to the largest value (default: that of vitrail.export)",
     )
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="N", help="of random weights and noise (default: %(default)s)"
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of random weights and noise (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 
@@ -116,7 +136,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     tolerance = {} if args.tolerance is None else {"rtol": args.tolerance}
     torch.manual_seed(args.seed)
     try:
-        with terminal.steps(8 if args.verify else 5) as steps:
+        with terminal.steps() as steps:
             steps.begin(f"creating {args.model}")
             model = create_model(args.model, args.img_size, args.num_classes, args.checkpoint)
             report = to_onnx(
@@ -130,7 +150,9 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 verify=args.verify,
                 seed=args.seed,
                 progress=steps.begin,
-                metadata={"weights": args.checkpoint and Path(args.checkpoint).name or f"random, seed {args.seed}"},
+                metadata={
+                    "weights": args.checkpoint and Path(args.checkpoint).name or f"random, seed {args.seed}"
+                },
                 **tolerance,
             )
     except VerificationError as error:

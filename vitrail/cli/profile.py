@@ -29,9 +29,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "disagree by more than 0.1% or a figure of the paper is missed by more than 2%.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("model", metavar="MODEL", type=model_name, help="a model name, of vitrail's or timm's")
     parser.add_argument(
-        "--img-size", type=image_size, metavar="N|HxW", help="input size (default: what the model is meant for)"
+        "model", metavar="MODEL", type=model_name, help="a model name, of vitrail's or timm's"
+    )
+    parser.add_argument(
+        "--img-size",
+        type=image_size,
+        metavar="N|HxW",
+        help="input size (default: what the model is meant for)",
     )
     parser.add_argument(
         "--batch", type=at_least(1), default=1, metavar="N", help="images in the batch (default: %(default)s)"
@@ -48,7 +53,9 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         if args.img_size is None:
             raise
-        raise UsageError(f"{args.model} does not run at {size_text(args.img_size)}: {first_line(error)}") from error
+        raise UsageError(
+            f"{args.model} does not run at {size_text(args.img_size)}: {first_line(error)}"
+        ) from error
     terminal.result(report.to_dict(), *render(report, terminal))
     for failure in report.failures:
         terminal.warn(failure)
@@ -59,7 +66,10 @@ def render(report: "ProfileReport", terminal: Terminal) -> "list[RenderableType]
     """The report as tables."""
     size = size_text(report.img_size)
     batch = "1 image" if report.batch == 1 else f"{report.batch} images"
-    facts = [("parameters", f"{millions(report.parameters)} M"), ("MACs", f"{report.macs / 1e9:.3f} G per image")]
+    facts = [
+        ("parameters", f"{millions(report.parameters)} M"),
+        ("MACs", f"{report.macs / 1e9:.3f} G per image"),
+    ]
     for c in report.comparisons:
         verdict = "as published" if c.ok else "NOT as published"
         facts.append((c.figure, f"{c.ours:.2f}, paper {c.paper:g}: {c.deviation:+.1%}, {verdict}"))

@@ -33,24 +33,32 @@ def _console(stream: Any) -> "Console":
 
 
 class Steps:
-    """Progress through the steps of a job: a bar on a terminal, a line for each step elsewhere."""
+    """Progress of a job: a bar on a terminal, a line for each step elsewhere."""
 
-    def __init__(self, total: int, progress: "Progress | None") -> None:
-        self._total, self._done, self._progress = total, 0, progress
+    def __init__(self, total: int | None, progress: "Progress | None") -> None:
+        self._total, self._begun, self._progress = total, 0, progress
         self._task = progress.add_task("", total=total) if progress else None
 
     def begin(self, text: str) -> None:
         """Name the step that starts now; the one before is done."""
-        self._done += 1
+        self._begun += 1
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=text, completed=self._done - 1)
+            self._progress.update(self._task, description=text, completed=self._begun - 1)
         else:
-            print(f"[{self._done}/{self._total}] {text}", file=sys.stderr, flush=True)
+            count = f"[{self._begun}/{self._total}] " if self._total else ""
+            print(f"{count}{text}", file=sys.stderr, flush=True)
 
     def detail(self, text: str) -> None:
         """Say what happens inside the current step; shown on a terminal only."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=text)
+
+    def update(self, done: int, total: int, text: str) -> None:
+        """Set the state of a job that counts its steps itself."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text, completed=done, total=total)
+        elif done in (0, total):
+            print(text, file=sys.stderr, flush=True)
 
 
 class Terminal:
@@ -66,35 +74,56 @@ class Terminal:
             print(json.dumps(document, indent=2, allow_nan=False, default=str), file=self._stdout, flush=True)
             return
         console = _console(self._stdout)
-        for renderable in renderables:
-            console.print(renderable)
+        if console.is_terminal:
+            console.print(*renderables, sep="\n")
+            return
+        with console.capture() as capture:
+            console.print(*renderables, sep="\n")
+        text = "\n".join(line.rstrip() for line in capture.get().splitlines())
+        print(text, file=self._stdout, flush=True)
 
     def error(self, text: str) -> None:
-        """One line on stderr; with `--json` also a document on stdout."""
-        line = " ".join(text.split())
+        """Say on stderr what went wrong; with `--json` also in a document on stdout."""
         if self.as_json:
-            self.result({"ok": False, "error": line})
-        print(f"error: {line}", file=sys.stderr, flush=True)
+            self.result({"ok": False, "error": text})
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """One line on stderr that does not end the job."""
         print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
     @contextmanager
-    def steps(self, total: int) -> Iterator[Steps]:
-        """Show the progress of a job of `total` steps."""
+    def steps(self, total: int | None = None) -> Iterator[Steps]:
+        """Show the progress of a job of `total` steps, None where that is not known beforehand."""
         console = _console(sys.stderr)
         if not console.is_terminal:
             yield Steps(total, None)
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
-        columns = (SpinnerColumn(), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (
+            SpinnerColumn(),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
         with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
             yield Steps(total, progress)
 
     def table(
-        self, headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = (), title: str | None = None
+        self,
+        headers: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        numbers: Sequence[str] = (),
+        title: str | None = None,
     ) -> "RenderableType":
         """A table, or where the terminal is too narrow for it, a paragraph for each row.
 
@@ -110,7 +139,10 @@ class Terminal:
 
         console = _console(self._stdout)
         table = Table(
-            title=Text(title, style="bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+            title=Text(title, style="bold") if title else None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
         )
         for header in headers:
             table.add_column(header, justify="right" if header in numbers else "left", no_wrap=True)
