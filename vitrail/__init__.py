@@ -4,9 +4,8 @@
 too and are imported when first used.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # In a checkout the subpackages lie beside this folder, not in it. An installed package has them inside; a clone
 # that is the current directory hides that package and must import all the same.
