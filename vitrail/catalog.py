@@ -20,6 +20,10 @@ class UnknownModelError(ValueError):
     """No model has this name."""
 
 
+class SizeError(ValueError):
+    """A model does not take images of this size."""
+
+
 def family_of(name: str) -> str | None:
     """The vitrail family that a model name belongs to, None for timm's own models."""
     name = name.split(".")[0]
@@ -40,9 +44,9 @@ def check_model_name(name: str) -> str:
             f"'{name}' is a family, not a model; choose one of {', '.join(families[name])}"
         )
     ours = [model for names in families.values() for model in names]
-    near = difflib.get_close_matches(name.lower(), ours, n=3, cutoff=0.7)
-    near = near or difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.7)
-    near = near or difflib.get_close_matches(name.lower(), ours, n=3, cutoff=0.4)
+    near: list[str] = []
+    for names, cutoff in ((ours, 0.85), (timm.list_models(), 0.85), (ours, 0.5)):
+        near = near or difflib.get_close_matches(name.lower(), names, n=3, cutoff=cutoff)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise UnknownModelError(f"no model is called '{name}'; {hint}`vitrail models` lists them all")
 
@@ -70,6 +74,7 @@ def create_model(
 
     Raises:
         UnknownModelError: no model has this name.
+        SizeError: the model does not take images of `img_size`; tried with one.
         CheckpointError: the file is no checkpoint of this model, or of one with another number of classes.
     """
     cfg = timm.get_pretrained_cfg(check_model_name(name), allow_unregistered=True)
@@ -78,12 +83,27 @@ def create_model(
         arguments["img_size"] = img_size
     if num_classes is not None:
         arguments["num_classes"] = num_classes
+    if img_size is None:
+        return _load(name, checkpoint, arguments)
+    try:
+        model = _load(name, checkpoint, arguments)
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, *img_size))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SizeError(f"{name} does not run at {img_size[0]}x{img_size[1]}: {reason}") from error
+    return model
+
+
+def _load(name: str, checkpoint: str | None, arguments: dict[str, Any]) -> nn.Module:
     if checkpoint is None:
         return timm.create_model(name, **arguments).eval()
     overlay: dict[str, Any] = {"file": checkpoint}
-    if num_classes:
+    if arguments.get("num_classes"):
         # else timm takes the file for one of 1000 classes and silently leaves the classifier random
-        overlay["num_classes"] = num_classes
+        overlay["num_classes"] = arguments["num_classes"]
     try:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
     except CheckpointError:

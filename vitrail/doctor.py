@@ -98,13 +98,8 @@ def _advice(status: library.LibraryStatus, machine: dict[str, Any]) -> list[str]
     advice = []
     if status.mode == "reference":
         advice.append("VITRAIL_OPS=reference is set: unset it to use compiled operators")
-    elif not status.loaded and status.compiler is None:
-        how = (
-            "xcode-select --install"
-            if platform.system() == "Darwin"
-            else "on Debian and Ubuntu: apt install g++"
-        )
-        advice.append(f"install a C++ compiler, so that the operators can be compiled ({how})")
+    elif not status.loaded and status.reason:
+        advice.append(status.reason)
     elif not status.loaded:
         advice.append("run `vitrail build`: it compiles the operators now, instead of at their first use")
     if machine["threads"] < machine["cores"]:

@@ -31,12 +31,14 @@ PAPER_TOLERANCE = 0.02
 
 # Ops that fvcore has no formula for and that are no multiply-accumulates: sums, selections, copies. Element-wise ops
 # and views need no list, torch tags them.
-_NO_PRODUCTS = (
-    "amax amin argmax argmin argsort avg_pool2d cumsum dropout embedding feature_dropout index_add index_select "
-    "linalg_vector_norm log_softmax logsumexp max_pool2d max_pool2d_with_indices mean meshgrid norm one_hot pad "
-    "pixel_shuffle pixel_unshuffle prod repeat repeat_interleave scatter scatter_ scatter_add softmax sort std sum "
-    "take_along_dim tile topk tril triu unfold upsample_bicubic2d upsample_nearest1d var var_mean zero_"
-).split()
+_NO_PRODUCTS = frozenset((
+    "amax", "amin", "argmax", "argmin", "argsort", "avg_pool2d", "cumsum", "dropout", "embedding",
+    "feature_dropout", "index_add", "index_select", "linalg_vector_norm", "log_softmax", "logsumexp",
+    "max_pool2d", "max_pool2d_with_indices", "mean", "meshgrid", "norm", "one_hot", "pad", "pixel_shuffle",
+    "pixel_unshuffle", "prod", "repeat", "repeat_interleave", "scatter", "scatter_", "scatter_add", "softmax",
+    "sort", "std", "sum", "take_along_dim", "tile", "topk", "tril", "triu", "unfold", "upsample_bicubic2d",
+    "upsample_nearest1d", "var", "var_mean", "zero_",
+))  # fmt: skip
 
 
 def _carries_products(kind: str) -> bool:

@@ -1,6 +1,8 @@
 import pytest
 import torch
+
 from vitrail.catalog import (
+    SizeError,
     UnknownModelError,
     check_model_name,
     create_model,
@@ -16,7 +18,9 @@ from vitrail.zoo.weights import CheckpointError
 
 def test_every_model_of_every_family_is_listed():
     assert model_names() == [name for names in list_families().values() for name in names]
-    assert {"biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "biformer_stl_nchw"} <= set(model_names())
+    assert {"biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "biformer_stl_nchw"} <= set(
+        model_names()
+    )
 
 
 def test_names_are_filtered_by_part_and_by_wildcard():
@@ -73,6 +77,14 @@ def test_models_whose_weights_depend_on_the_size_are_made_for_it():
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 96, 128)).shape == (1, 1000)
     assert default_size("test_vit") == (160, 160)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("biformer_stl", (8, 8)), ("test_vit", (7, 7)), ("test_resnet", (0, 5))]
+)
+def test_a_size_that_a_model_does_not_take_is_refused_with_its_reason(name, size):
+    with pytest.raises(SizeError, match=rf"{name} does not run at {size[0]}x{size[1]}: \w+"):
+        create_model(name, img_size=size)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from PIL import Image, ImageChops
+
 from vitrail.catalog import create_model
 from vitrail.explain import Routing, draw_panel, record_routes, routing_picture
 
@@ -28,7 +29,9 @@ def routing(*attended: int, grid=(7, 7), extent=(1 / 7, 1 / 7)) -> Routing:
 
 def test_every_block_with_routing_is_recorded(tiny):
     routings = record_routes(tiny, torch.randn(1, 3, 224, 224))
-    assert [(r.stage, r.block) for r in routings] == [(s, b) for s, n in enumerate((2, 2, 8)) for b in range(n)]
+    assert [(r.stage, r.block) for r in routings] == [
+        (s, b) for s, n in enumerate((2, 2, 8)) for b in range(n)
+    ]
     assert {(r.stage, r.routes.shape) for r in routings} == {(0, (49, 1)), (1, (49, 4)), (2, (49, 16))}
     for r in routings:
         assert r.grid == (7, 7)
@@ -62,7 +65,10 @@ def test_attended_regions_are_rows_and_columns():
 def test_a_panel_shows_attended_regions_as_they_are_and_dims_the_rest():
     white = Image.new("RGB", SIDE, "white")
     panel = draw_panel(white, routing(0, 48), CENTRE, SIDE)
-    middle = {region: panel.getpixel((20 * region[1] + 10, 20 * region[0] + 10)) for region in ((0, 0), (6, 6), (2, 5))}
+    middle = {
+        region: panel.getpixel((20 * region[1] + 10, 20 * region[0] + 10))
+        for region in ((0, 0), (6, 6), (2, 5))
+    }
     assert middle[0, 0] == middle[6, 6] == (255, 255, 255)
     assert max(middle[2, 5]) < 128
 
@@ -72,7 +78,9 @@ def test_a_panel_changes_where_the_routes_change_and_nowhere_else(photo):
     after = draw_panel(photo, routing(0, 46), CENTRE, SIDE)
     difference = ImageChops.difference(before, after).convert("L")
     changed = {
-        divmod(region, 7) for region in range(49) if max(difference.crop(_inside(*divmod(region, 7))).getextrema()) > 0
+        divmod(region, 7)
+        for region in range(49)
+        if max(difference.crop(_inside(*divmod(region, 7))).getextrema()) > 0
     }
     assert changed == {(1, 3), (6, 4)}
 
@@ -87,7 +95,9 @@ def test_the_asking_region_is_framed_in_its_own_colour():
     black = Image.new("RGB", SIDE, "black")
     panel = draw_panel(black, routing(0), CENTRE, SIDE)
     left, top = 60, 60
-    assert panel.getpixel((left + 10, top)) != panel.getpixel((10, 20)) != panel.getpixel((left + 10, top + 10))
+    assert (
+        panel.getpixel((left + 10, top)) != panel.getpixel((10, 20)) != panel.getpixel((left + 10, top + 10))
+    )
     moved = draw_panel(black, routing(0), (0.95, 0.95), SIDE)
     assert moved.getpixel((left + 10, top)) != panel.getpixel((left + 10, top))
 
@@ -99,7 +109,9 @@ def test_the_picture_is_a_png_and_follows_the_model(tiny, photo, tmp_path):
         assert picture.format == "PNG"
         assert picture.width > picture.height > 400
     torch.manual_seed(5)
-    routing_picture(create_model("biformer_tiny"), photo, tmp_path / "b.png", img_size=64, note="random weights")
+    routing_picture(
+        create_model("biformer_tiny"), photo, tmp_path / "b.png", img_size=64, note="random weights"
+    )
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
     routing_picture(tiny, photo, tmp_path / "c.png", img_size=64, note="random weights")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "c.png").read_bytes()

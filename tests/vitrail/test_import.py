@@ -4,9 +4,20 @@ import sys
 
 import pytest
 import timm
+
 import vitrail
 
-HEAVY = ["onnx", "onnxruntime", "onnxscript", "fvcore", "sklearn", "rich", "matplotlib", "yaml", "PIL.ImageDraw"]
+HEAVY = [
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "fvcore",
+    "sklearn",
+    "rich",
+    "matplotlib",
+    "yaml",
+    "PIL.ImageDraw",
+]
 
 
 def test_import_prints_nothing_and_leaves_heavy_packages_alone(tmp_path):
@@ -17,7 +28,9 @@ import vitrail, json
 new = set(sys.modules) - before
 sys.stderr.write(json.dumps([name for name in {HEAVY} if name in new]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout == ""
     assert json.loads(done.stderr) == []
 

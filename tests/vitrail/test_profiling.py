@@ -3,6 +3,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
+
 from vitrail.catalog import describe
 from vitrail.ops import use_ops
 from vitrail.profiling import Comparison, PathCount, ProfileReport, profile

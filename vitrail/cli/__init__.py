@@ -73,6 +73,16 @@ def _only_our_words(terminal: Terminal) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _only_our_words(terminal: Terminal) -> Iterator[None]:
+    """What libraries print on the way is no result, and what they warn about is not for the user; our warnings are."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", message="vitrail ")
+        warnings.showwarning = lambda message, *args, **kwargs: terminal.warn(str(message))
+        yield
+
+
 def _check_environment() -> None:
     from ..ops import library
 
@@ -82,15 +92,28 @@ def _check_environment() -> None:
         raise UsageError(str(error)) from error
 
 
+def _execute(args: argparse.Namespace, terminal: Terminal) -> int:
+    from ..catalog import SizeError
+    from ..ops import library
+
+    try:
+        library.mode()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        code: int = args.run(args, terminal)
+    except SizeError as error:
+        raise UsageError(str(error)) from error
+    return code
+
+
 def _run(argv: list[str]) -> int:
     as_json, debug = "--json" in argv, "--debug" in argv
     terminal = Terminal(as_json)
     try:
         args = _parser().parse_args(argv)
-        _check_environment()
         with _only_our_words(terminal):
-            code: int = args.run(args, terminal)
-        return code
+            return _execute(args, terminal)
     except BrokenPipeError:
         raise
     except Exception as error:

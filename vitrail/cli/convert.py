@@ -37,8 +37,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Convert and say what was converted."""
-    from ..zoo import convert_checkpoint
-    from ..zoo.weights import CheckpointError
+    from ..zoo.weights import CheckpointError, convert_checkpoint
 
     try:
         report = convert_checkpoint(args.model, args.source, args.target)

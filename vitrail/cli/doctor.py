@@ -52,8 +52,6 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         ["operator", "runs", "why"],
         [[op.name, "compiled" if op.compiled else "definition", op.reason] for op in found.operators],
     )
-    advice = [("to do", line) for line in found.advice] or [
-        ("to do", "nothing")
-    ]
+    advice = [("to do", line) for line in found.advice] or [("to do", "nothing")]
     terminal.result(found.to_dict(), terminal.facts(facts), "", operators, terminal.facts(advice))
     return 0

@@ -129,11 +129,18 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     from ..catalog import create_model
     from ..export import OPSETS, ExportError, VerificationError, to_onnx
+    from ..export.images import find_images, load_image
     from ..zoo.weights import CheckpointError
 
     if args.opset not in OPSETS:
         raise UsageError(f"--opset must lie between {OPSETS[0]} and {OPSETS[-1]}, got {args.opset}")
-    tolerance = {} if args.tolerance is None else {"rtol": args.tolerance}
+    tolerance = {} if args.tolerance is None else {"rtol": args.tolerance, "atol": 0.0}
+    for photo in find_images(args.images):
+        try:
+            load_image(photo)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    weights = Path(args.checkpoint).name if args.checkpoint else f"random, seed {args.seed}"
     torch.manual_seed(args.seed)
     try:
         with terminal.steps() as steps:
@@ -150,9 +157,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 verify=args.verify,
                 seed=args.seed,
                 progress=steps.begin,
-                metadata={
-                    "weights": args.checkpoint and Path(args.checkpoint).name or f"random, seed {args.seed}"
-                },
+                metadata={"weights": weights},
                 **tolerance,
             )
     except VerificationError as error:

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .terminal import Terminal, UsageError, at_least, first_line, image_size, millions, model_name, size_text
+from .terminal import Terminal, at_least, image_size, millions, model_name, size_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,14 +48,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Print the report."""
     from ..profiling import profile
 
-    try:
-        report = profile(args.model, args.img_size, args.batch)
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        if args.img_size is None:
-            raise
-        raise UsageError(
-            f"{args.model} does not run at {size_text(args.img_size)}: {first_line(error)}"
-        ) from error
+    report = profile(args.model, args.img_size, args.batch)
     terminal.result(report.to_dict(), *render(report, terminal))
     for failure in report.failures:
         terminal.warn(failure)

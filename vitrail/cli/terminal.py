@@ -258,12 +258,6 @@ def millions(count: int, decimals: int = 2) -> str:
     return f"{count / 1e6:.{decimals}f}"
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, without the pages that some say after it."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 class Stopwatch:
     """Seconds since it was made."""
 
