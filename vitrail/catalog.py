@@ -54,7 +54,7 @@ def check_model_name(name: str) -> str:
 def default_size(name: str) -> tuple[int, int]:
     """Input height and width that a model is meant for."""
     cfg = timm.get_pretrained_cfg(check_model_name(name), allow_unregistered=True)
-    return tuple(cfg.input_size[-2:]) if cfg else (224, 224)
+    return (cfg.input_size[-2], cfg.input_size[-1]) if cfg else (224, 224)
 
 
 def create_model(
@@ -138,7 +138,7 @@ def _weights(name: str) -> tuple[str, str | None]:
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if cfg is not None and cfg.hf_hub_id:
         return f"pretrained=True, hub {cfg.hf_hub_id}", f"https://huggingface.co/{cfg.hf_hub_id}"
-    if cfg is not None and cfg.url:
+    if cfg is not None and isinstance(cfg.url, str) and cfg.url:
         return f"pretrained=True, from {urlsplit(cfg.url).hostname}", cfg.url
     published = published_figures(name)
     return (published.weights, published.code) if published else ("none published", None)

@@ -177,7 +177,7 @@ def run_demo(
 
     begin(f"{source.name} through {model_name}")
     torch.manual_seed(_SEED)
-    model = create_model(model_name, checkpoint=checkpoint)
+    model: Any = create_model(model_name, checkpoint=checkpoint)
     size = default_size(model, None)
     images = Preprocessing.of(model)(photo, size)[None]
     with torch.inference_mode():

@@ -11,8 +11,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from .. import __version__
 from . import build, convert, demo, doctor, export, models, profile
 from .terminal import JobFailed, Terminal, UsageError
 
@@ -33,21 +34,11 @@ exit codes: 0 done, 1 the job failed, 2 wrong use
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, **kwargs: object) -> None:
-        super().__init__(  # type: ignore[arg-type]
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
-        )
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> NoReturn:
-        from .. import __version__
-
-        print(f"vitrail {__version__}")
-        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     parser = _Parser(prog="vitrail", description=_DESCRIPTION, epilog=_EXAMPLES)
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--version", action="version", version=f"vitrail {__version__}", help="show the version"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for module in (models, profile, convert, export, build, doctor, demo):
         module.add(commands, common)
@@ -71,25 +64,6 @@ def _only_our_words(terminal: Terminal) -> Iterator[None]:
         warnings.filterwarnings("default", message="vitrail ")
         warnings.showwarning = lambda message, *args, **kwargs: terminal.warn(str(message))
         yield
-
-
-@contextlib.contextmanager
-def _only_our_words(terminal: Terminal) -> Iterator[None]:
-    """What libraries print on the way is no result, and what they warn about is not for the user; our warnings are."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", message="vitrail ")
-        warnings.showwarning = lambda message, *args, **kwargs: terminal.warn(str(message))
-        yield
-
-
-def _check_environment() -> None:
-    from ..ops import library
-
-    try:
-        library.mode()
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def _execute(args: argparse.Namespace, terminal: Terminal) -> int:

@@ -130,8 +130,8 @@ def render(report: "DemoReport", terminal: Terminal, seconds: float) -> list[Any
     if export.verification:
         checks = export.verification.checks
         worst = max(check.max_relative for check in checks)
-        judged = [check for check in checks if check.top1 is not None]
-        agree, asked = sum(check.top1 for check in judged), sum(check.images for check in judged)
+        agree = sum(check.top1 or 0 for check in checks)
+        asked = sum(check.images for check in checks if check.top1 is not None)
         batches = sorted({check.shape[0] for check in checks})
         facts.append(
             (
