@@ -274,14 +274,15 @@ def routing_picture(
     enlarge = -(-_PANEL // size[1])
     seen = replace(prepare, mean=(0.0,), std=(1.0,))(photo, (size[0] * enlarge, size[1] * enlarge))
     stages = len(getattr(model, "stages", ())) or routings[-1].stage + 1
-    where = (
-        "the region at the photo's centre"
-        if point == (0.5, 0.5)
-        else f"the region at {point[0]:.0%}, {point[1]:.0%}"
-    )
-    name = title or f"Where {where} looks"
+    if title is None:
+        place = (
+            "at the photo's centre"
+            if point == (0.5, 0.5)
+            else f"{point[0]:.0%} down and {point[1]:.0%} across"
+        )
+        title = f"Where the region {place} looks"
     picture = io.BytesIO()
-    _compose(to_picture(seen), routings, stages, point, name, note).save(picture, "PNG", optimize=True)
+    _compose(to_picture(seen), routings, stages, point, title, note).save(picture, "PNG", optimize=True)
     write_atomically(target, picture.getvalue())
     return routings
 
