@@ -1,0 +1,126 @@
+"""What runs here, and why: versions, machine, the path of every operator, and what would make it faster."""
+
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .ops import library
+
+_PACKAGES = ("vitrail", "torch", "timm", "numpy", "onnx", "onnxscript", "onnxruntime", "fvcore")
+
+
+@dataclass(frozen=True)
+class OperatorPath:
+    """Which implementation of an operator runs on the CPU."""
+
+    name: str
+    compiled: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Result of `diagnose`."""
+
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    library: library.LibraryStatus
+    operators: list[OperatorPath]
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "torch_cuda": torch.version.cuda,
+    }
+
+
+def _operators(status: library.LibraryStatus) -> list[OperatorPath]:
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vitrail::"))
+    paths = []
+    for name in names:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+        compiled = has_kernel and status.mode != "reference"
+        if compiled:
+            reason = status.capability or "compiled"
+        elif status.mode == "reference":
+            reason = "VITRAIL_OPS=reference"
+        elif status.loaded:
+            reason = "has no compiled kernel yet"
+        else:
+            reason = status.reason or "the library is not built yet"
+        paths.append(OperatorPath(name.removeprefix("vitrail::").split(".")[0], compiled, reason))
+    return paths
+
+
+def _advice(status: library.LibraryStatus, machine: dict[str, Any]) -> list[str]:
+    advice = []
+    if status.mode == "reference":
+        advice.append("VITRAIL_OPS=reference is set: unset it to use compiled operators")
+    elif not status.loaded and status.reason:
+        advice.append(status.reason)
+    elif not status.loaded:
+        advice.append("run `vitrail build`: it compiles the operators now, instead of at their first use")
+    if machine["threads"] < machine["cores"]:
+        cause = "OMP_NUM_THREADS is set" if "OMP_NUM_THREADS" in os.environ else "torch was told or chose so"
+        advice.append(f"torch uses {machine['threads']} of {machine['cores']} cores ({cause})")
+    if machine["cuda"]:
+        advice.append(
+            "the operators have no CUDA kernels yet: on the GPU their definitions in plain PyTorch run"
+        )
+    if shutil.which("nvidia-smi") and not machine["cuda"]:
+        advice.append(
+            "there is an NVIDIA driver, but this torch cannot use it: see https://pytorch.org/get-started"
+        )
+    return advice
+
+
+def diagnose() -> Diagnosis:
+    """Look at this installation. Loads the compiled operators where they are built; builds nothing."""
+    status = library.status()
+    if status.cached and not status.loaded and status.mode != "reference":
+        library.load()
+        status = library.status()
+    machine = _machine()
+    return Diagnosis(_versions(), machine, status, _operators(status), _advice(status, machine))
