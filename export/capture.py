@@ -104,13 +104,24 @@ def prepared(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, autocast or inference mode; each submodule gets its own mode back."""
+    """Evaluation mode in torch's default surroundings: float32 on the CPU, no gradients, autocast, inference mode.
+
+    Each submodule gets its own mode back.
+    """
     modes = {module: module.training for module in model.modules()}
+    dtype = torch.get_default_dtype()
     model.eval()
+    torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with (
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
             yield
     finally:
+        torch.set_default_dtype(dtype)
         model.train(modes[model])  # for modules that do more than set a flag
         for module, training in modes.items():
             module.training = training
@@ -311,7 +322,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def translate(program: torch.export.ExportedProgram, names: Sequence[str], opset: int) -> Any:
+def translate(program: torch.export.ExportedProgram, opset: int) -> Any:
     """Torch's ONNX exporter, and its errors in one line.
 
     Returns:
@@ -325,7 +336,6 @@ def translate(program: torch.export.ExportedProgram, names: Sequence[str], opset
             program,
             (),
             input_names=[INPUT],
-            output_names=list(names),
             opset_version=opset,
             optimize=False,  # `optimise` does, in a tenth of the time
             verbose=False,

@@ -200,6 +200,6 @@ def _permutation(node: onnx.NodeProto) -> list[int]:
     return next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
 
 
-def _cancel(first: onnx.NodeProto, second: onnx.NodeProto) -> bool:
+def _cancel(first: Any, second: onnx.NodeProto) -> bool:
     a, b = _permutation(first), _permutation(second)
     return bool(a) and len(a) == len(b) and [a[i] for i in b] == list(range(len(a)))

@@ -159,10 +159,10 @@ def to_onnx(
             program, multiples = capture(module, example, axes, opset)
             clock.lap("trace")
             say("translating to ONNX")
-            onnx_program = translate(program, names, opset)
+            onnx_program = translate(program, opset)
             clock.lap("translate")
             say("optimising the graph")
-            optimise(onnx_program.model)
+            optimise(onnx_program.model, names)
             clock.lap("optimise")
     say("checking the graph")
     proto = onnx_program.model_proto

@@ -32,10 +32,8 @@ def report_table(report: ExportReport) -> Any:
     facts.add_row("seconds", ", ".join(f"{step} {took:.1f}" for step, took in report.seconds.items()))
     for note in report.notes:
         facts.add_row("note", note)
-    parts = (
-        [facts, checks_table(report.verification)] if report.verification else [facts, Text("not verified")]
-    )
-    return Group(*parts)
+    checks: Any = checks_table(report.verification) if report.verification else Text("not verified")
+    return Group(facts, checks)
 
 
 def checks_table(report: VerificationReport) -> Any:
