@@ -21,6 +21,8 @@ from .errors import ExportError
 AXES = ("batch", "height", "width")
 """The axes that can be dynamic; their places in the (B, C, H, W) input are 0, 2 and 3."""
 _PLACES = {"batch": 0, "height": 2, "width": 3}
+INPUT = "input"
+"""Name of the file's input."""
 
 
 class Outputs(nn.Module):
@@ -38,34 +40,40 @@ class Outputs(nn.Module):
         self.names: list[str] = []
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Run the model on images (B, C, H, W); `names` then holds the outputs' names."""
         if self.features:
-            pyramid = self.model.forward_intermediates(image, intermediates_only=True, output_fmt="NCHW")
-            named = {f"stage{i}": value for i, value in enumerate(pyramid)}
+            model: Any = self.model
+            pyramid = model.forward_intermediates(image, intermediates_only=True, output_fmt="NCHW")
+            named = [(f"stage{i}", value) for i, value in enumerate(pyramid)]
         else:
-            named = dict(_named(self.model(image), self._single_name()))
-        for name, value in named.items():
+            named = list(_named(self.model(image)))
+            if named and named[0][0] == "":
+                named = [("logits" if getattr(self.model, "num_classes", 0) else "output", named[0][1])]
+        self.names = [name for name, _ in named]
+        for name, value in named:
             if not isinstance(value, Tensor):
                 raise ExportError(
-                    f"the model's output {name!r} is a {type(value).__name__}; only tensors (alone, or in a tuple, "
-                    f"a list or a dictionary) can leave an ONNX graph. Wrap the model in one that returns tensors"
+                    f"the model's output {name!r} is a {type(value).__name__}; only tensors (alone, or in a "
+                    f"tuple, a list or a dictionary) can leave an ONNX graph. Wrap the model in one that returns "
+                    f"tensors"
                 )
-        self.names = list(named)
-        return tuple(named.values())
+        if not named or len({*self.names, INPUT}) <= len(named):
+            raise ExportError(
+                f"outputs need distinct names other than {INPUT!r}; the model's are {', '.join(self.names) or 'none'}"
+            )
+        return tuple(value for _, value in named)
 
-    def _single_name(self) -> str:
-        return "logits" if getattr(self.model, "num_classes", 0) else "output"
 
-
-def _named(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _named(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Names for what a model returns: keys of dictionaries, `output0`... for sequences, joined by `_`; "" alone."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _named(item, str(key) if name in ("logits", "output") else f"{name}_{key}")
+            yield from _named(item, f"{path}_{key}" if path else str(key))
     elif isinstance(value, (tuple, list)):
-        base = "output" if name == "logits" else name
         for i, item in enumerate(value):
-            yield from _named(item, f"{base}{i}" if base == "output" else f"{base}_{i}")
+            yield from _named(item, f"{path}_{i}" if path else f"output{i}")
     else:
-        yield name, value
+        yield path, value
 
 
 def prepared(model: nn.Module) -> nn.Module:
@@ -96,18 +104,38 @@ def prepared(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, autocast or inference mode; each submodule gets its own mode back."""
+    """Evaluation mode in torch's default surroundings: float32 on the CPU, no gradients, autocast, inference mode.
+
+    Each submodule gets its own mode back.
+    """
     modes = {module: module.training for module in model.modules()}
+    dtype = torch.get_default_dtype()
     model.eval()
+    torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with (
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
             yield
     finally:
+        torch.set_default_dtype(dtype)
+        model.train(modes[model])  # for modules that do more than set a flag
         for module, training in modes.items():
             module.training = training
 
 
-_CHATTY = ("torch.onnx", "torch.export", "torch._export", "torch._guards", "torch.fx", "onnxscript", "onnx_ir")
+_CHATTY = (
+    "torch.onnx",
+    "torch.export",
+    "torch._export",
+    "torch._guards",
+    "torch.fx",
+    "onnxscript",
+    "onnx_ir",
+)
 
 
 @contextlib.contextmanager
@@ -153,10 +181,9 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if is_causal or enable_gqa or dropout_p or (attn_mask is not None and attn_mask.dtype == torch.bool):
-        with torch._C.DisableTorchFunctionSubclass():
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.transpose(-2, -1)
     if attn_mask is not None:
         scores = scores + attn_mask
@@ -190,9 +217,12 @@ def capture(
     """
     dims: dict[int, Any] = {_PLACES[axis]: torch.export.Dim(axis, min=1) for axis in dynamic}
     # Without this, torch takes sizes apart into "one" and "more", and no range of heights is provable.
-    sizes_are_plain = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    sizes_are_plain = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     try:
-        with plain_operators(opset), sizes_are_plain if set(dynamic) - {"batch"} else contextlib.nullcontext():
+        with (
+            plain_operators(opset),
+            sizes_are_plain if set(dynamic) - {"batch"} else contextlib.nullcontext(),
+        ):
             while True:
                 try:
                     program = torch.export.export(module, (example,), dynamic_shapes=(dims,), strict=False)
@@ -212,7 +242,9 @@ def capture(
     return program, multiples
 
 
-def _refined(error: torch._dynamo.exc.UserError, dims: dict[int, Any], dynamic: Sequence[str]) -> dict[int, Any]:
+def _refined(
+    error: torch._dynamo.exc.UserError, dims: dict[int, Any], dynamic: Sequence[str]
+) -> dict[int, Any]:
     """Dimensions as torch.export suggests them (`height = 28*_height`).
 
     Raises:
@@ -223,7 +255,8 @@ def _refined(error: torch._dynamo.exc.UserError, dims: dict[int, Any], dynamic: 
     if "Constraints violated" not in message:
         raise error
     try:
-        refined = torch.export.dynamic_shapes.refine_dynamic_shapes_from_suggested_fixes(message, (dims,))[0]
+        shapes: Any = torch.export.dynamic_shapes.refine_dynamic_shapes_from_suggested_fixes(message, (dims,))
+        refined: dict[int, Any] = shapes[0]
     except torch._dynamo.exc.UserError:  # no suggestion in it
         refined = dims
     frozen = [axis for axis in dynamic if isinstance(refined[_PLACES[axis]], int)]
@@ -231,7 +264,7 @@ def _refined(error: torch._dynamo.exc.UserError, dims: dict[int, Any], dynamic: 
         raise ExportError(_frozen_message(frozen)) from error
     if list(map(repr, refined.values())) == list(map(repr, dims.values())):
         raise ExportError(_constrained_message(message, dynamic)) from error
-    return dict(refined)
+    return refined
 
 
 def _frozen_message(axes: Sequence[str]) -> str:
@@ -248,7 +281,9 @@ def _constrained_message(message: str, dynamic: Sequence[str]) -> str:
     """What the model assumes of its sizes, in the axes' own names."""
     guards = re.findall(r"satisfy the generated guard (.+?)\.?$", message, re.MULTILINE)
     for axis in AXES:
-        guards = [re.sub(rf"L\['\w+'\](\[0\])?\.size\(\)\[{_PLACES[axis]}\]", axis, guard) for guard in guards]
+        guards = [
+            re.sub(rf"L\['\w+'\](\[0\])?\.size\(\)\[{_PLACES[axis]}\]", axis, guard) for guard in guards
+        ]
     return (
         f"the model is not free in the {' and the '.join(dynamic)}: it takes for granted that "
         f"{'; '.join(guards[:3]) or _first_line(ValueError(message))}. Leave the axis out of dynamic, or write that "
@@ -287,7 +322,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def translate(program: torch.export.ExportedProgram, names: Sequence[str], opset: int) -> Any:
+def translate(program: torch.export.ExportedProgram, opset: int) -> Any:
     """Torch's ONNX exporter, and its errors in one line.
 
     Returns:
@@ -300,8 +335,7 @@ def translate(program: torch.export.ExportedProgram, names: Sequence[str], opset
         translated = torch.onnx.export(
             program,
             (),
-            input_names=["input"],
-            output_names=list(names),
+            input_names=[INPUT],
             opset_version=opset,
             optimize=False,  # `optimise` does, in a tenth of the time
             verbose=False,

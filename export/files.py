@@ -24,7 +24,9 @@ def check_target(path: str | os.PathLike[str], suffix: str) -> Path:
     if target.suffix.lower() != suffix:
         raise ValueError(f"the output's name must end with {suffix}, got {os.fspath(path)!r}")
     if target.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; name a file in it, such as {Path(path) / 'model'}{suffix}")
+        raise IsADirectoryError(
+            f"{path} is a directory; name a file in it, such as {Path(path) / 'model'}{suffix}"
+        )
     folder = target.parent
     if not folder.exists():
         raise FileNotFoundError(f"the folder {folder} does not exist; create it first")

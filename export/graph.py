@@ -126,7 +126,9 @@ def check(model: onnx.ModelProto, opset: int) -> None:
     """Raise `ExportError` unless `model` is valid ONNX of standard operators alone, at `opset`."""
     import onnx
 
-    foreign = sorted({f"{n.domain}::{n.op_type}" for n in walk(model.graph) if n.domain not in STANDARD_DOMAINS})
+    foreign = sorted(
+        {f"{n.domain}::{n.op_type}" for n in walk(model.graph) if n.domain not in STANDARD_DOMAINS}
+    )
     foreign += [f"function {f.domain}::{f.name}" for f in model.functions]
     if foreign:
         raise ExportError(
@@ -156,7 +158,9 @@ def advice(model: onnx.ModelProto) -> list[str]:
     for node in walk(graph):
         above = producer.get(node.input[0]) if node.input else None
         if node.op_type == "GatherElements" and _is(producer.get(node.input[1]), "Expand"):
-            found["GatherElements reads an index blown up by Expand; Gather of whole rows by a flat index is faster"] += 1
+            found[
+                "GatherElements reads an index blown up by Expand; Gather of whole rows by a flat index is faster"
+            ] += 1
         elif node.op_type == "TopK" and _single(constants.get(node.input[1])):
             found["TopK picks one element; ArgMax is cheaper"] += 1
         elif node.op_type == "Erf" and opset_of(model) >= 20:
@@ -167,7 +171,11 @@ def advice(model: onnx.ModelProto) -> list[str]:
             found["two Transposes in a row cancel out"] += 1
         elif node.op_type in ("Identity", "Dropout"):
             found[f"{node.op_type} does nothing"] += 1
-        elif node.input and all(name in constants for name in node.input if name) and node.op_type != "Constant":
+        elif (
+            node.input
+            and all(name in constants for name in node.input if name)
+            and node.op_type != "Constant"
+        ):
             found[f"{node.op_type} has constant inputs alone and could be computed once"] += 1
     return [f"{text} ({count} times)" if count > 1 else text for text, count in found.items()]
 
@@ -192,6 +200,6 @@ def _permutation(node: onnx.NodeProto) -> list[int]:
     return next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
 
 
-def _cancel(first: onnx.NodeProto, second: onnx.NodeProto) -> bool:
+def _cancel(first: Any, second: onnx.NodeProto) -> bool:
     a, b = _permutation(first), _permutation(second)
     return bool(a) and len(a) == len(b) and [a[i] for i in b] == list(range(len(a)))

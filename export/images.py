@@ -31,14 +31,20 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
+            raise ValueError(
+                f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}"
+            )
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
         if not self.mean or not self.std or min(self.std) <= 0:
-            raise ValueError(f"mean and std need a value per channel, std above 0; got {self.mean} and {self.std}")
+            raise ValueError(
+                f"mean and std need a value per channel, std above 0; got {self.mean} and {self.std}"
+            )
 
     @classmethod
-    def of(cls, model: nn.Module, overrides: Preprocessing | Mapping[str, Any] | None = None) -> Preprocessing:
+    def of(
+        cls, model: nn.Module, overrides: Preprocessing | Mapping[str, Any] | None = None
+    ) -> Preprocessing:
         """What the model's `pretrained_cfg` (timm's field) asks for, ImageNet's habits where it says nothing.
 
         Args:
@@ -87,7 +93,11 @@ class Preprocessing:
         image = image.resize(scaled, getattr(Image.Resampling, self.interpolation.upper()))
         left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
         image = image.crop((left, top, left + width, top + height))
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255).reshape(height, width, -1).permute(2, 0, 1)
+        pixels = (
+            torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+            .reshape(height, width, -1)
+            .permute(2, 0, 1)
+        )
         pixels = torch.stack(list(islice(cycle(pixels), channels)))
         mean, std = (
             torch.tensor(list(islice(cycle(values), channels)), dtype=torch.float32)[:, None, None]
@@ -110,7 +120,9 @@ def sample_photos() -> list[Path]:
 
     package = find_spec("sklearn")
     if package is None or package.origin is None:
-        raise ImportError("the sample photos come with scikit-learn: pip install scikit-learn, or give images=[...]")
+        raise ImportError(
+            "the sample photos come with scikit-learn: pip install scikit-learn, or give images=[...]"
+        )
     folder = Path(package.origin).parent / "datasets" / "images"
     return [folder / "china.jpg", folder / "flower.jpg"]
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from .files import check_target, write_atomically
 from .graph import GraphSummary, TensorInfo, advice, check, clean, summarize
 from .images import Preprocessing, find_images, load_image, pretrained_cfg
 from .optimise import optimise
-from .verify import ATOL, RTOL, VerificationReport, default_size, verify_onnx
+from .verify import ATOL, RTOL, VerificationReport, default_size, noise, verify_onnx
 
 OPSETS = range(18, 24)
 """Operator sets that can be written. Torch's translations start at 18; 23 is the newest that the oldest supported
@@ -123,7 +122,7 @@ def to_onnx(
     Raises:
         ExportError: the model can't be traced or translated, or would be wrong at other sizes.
         VerificationError: an ExportError; the file differs from the model. Its `report` has the figures.
-        ValueError, TypeError: wrong arguments, or a model that isn't float32.
+        ValueError, TypeError: wrong arguments, a size that the model refuses, a model that isn't float32.
         OSError: the file can't be written there.
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
@@ -148,22 +147,22 @@ def to_onnx(
     if channels < 1:
         raise ValueError(f"in_chans must be positive, got {channels}")
 
-    clock = _Clock()
     batch = TRACED_BATCH if "batch" in axes else 1
-    example = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(seed))
+    example = noise(batch, channels, *size, seed=seed)
     module = Outputs(model, features)
     with evaluation(module):
         say("running the model once")
         names = _dry_run(module, example)
+        clock = _Clock()
         with quiet():
             say("tracing the model")
             program, multiples = capture(module, example, axes, opset)
             clock.lap("trace")
             say("translating to ONNX")
-            onnx_program = translate(program, names, opset)
+            onnx_program = translate(program, opset)
             clock.lap("translate")
             say("optimising the graph")
-            optimise(onnx_program.model)
+            optimise(onnx_program.model, names)
             clock.lap("optimise")
     say("checking the graph")
     proto = onnx_program.model_proto
@@ -270,8 +269,9 @@ def _dry_run(module: Outputs, example: Tensor) -> list[str]:
     except ExportError:
         raise
     except Exception as error:
+        kind = ValueError if isinstance(error, ValueError) else ExportError
         shape = " x ".join(map(str, example.shape))
-        raise ExportError(f"the model does not take a {shape} input: {error}") from error
+        raise kind(f"the model does not take a {shape} input: {error}") from error
     return module.names
 
 
@@ -327,7 +327,9 @@ def _version(package: str) -> str:
 def _notes(opset: int, verify: bool) -> list[str]:
     notes = []
     if opset < 20:
-        notes.append(f"opset {opset} has no Gelu node: Gelu is spelled out (Div, Erf, Add, Mul); use opset 20 or later")
+        notes.append(
+            f"opset {opset} has no Gelu node: Gelu is spelled out (Div, Erf, Add, Mul); use opset 20 or later"
+        )
     if not verify:
         notes.append("not verified")
     return notes

@@ -6,13 +6,19 @@ of the time (one of the others is quadratic in the number of nodes), which is mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
-def optimise(model: Any) -> None:
-    """Optimise an `onnx_ir.Model` in place; what it computes stays the same up to rounding."""
+def optimise(model: Any, names: Sequence[str]) -> None:
+    """Optimise an `onnx_ir.Model` in place; what it computes stays the same up to rounding.
+
+    Args:
+        model: the translated model.
+        names: for its outputs. (The exporter can't tell apart two that are one tensor.)
+    """
     import onnx_ir.passes.common as passes
-    from onnx_ir.passes import PassManager, Sequential
+    from onnx_ir.passes import Sequential
     from onnxscript import optimizer, rewriter
 
     passes.InlinePass()(model)
@@ -31,9 +37,11 @@ def optimise(model: Any) -> None:
         passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.OutputFixPass(),
-        passes.NameFixPass(),
     ]
-    PassManager([Sequential(*finish)])(model)
+    Sequential(*finish)(model)
+    for output, name in zip(model.graph.outputs, names, strict=True):
+        output.name = name
+    passes.NameFixPass()(model)
 
 
 def _cancel_transposes(graph: Any) -> None:

@@ -20,16 +20,20 @@ def report_table(report: ExportReport) -> Any:
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     facts.add_row("file", f"{report.path}, {report.size_bytes / 1e6:.1f} MB")
-    facts.add_row("operators", f"opset {graph.opset}, {graph.nodes} nodes, {graph.weights / 1e6:.2f} M weights")
+    facts.add_row(
+        "operators", f"opset {graph.opset}, {graph.nodes} nodes, {graph.weights / 1e6:.2f} M weights"
+    )
     facts.add_row("", ", ".join(f"{name} {count}" for name, count in graph.operators.items()))
     facts.add_row("input", "\n".join(map(str, graph.inputs)))
     facts.add_row("output", "\n".join(map(str, graph.outputs)))
-    facts.add_row("dynamic", ", ".join(f"{axis}: {rule}" for axis, rule in report.dynamic.items()) or "nothing")
+    facts.add_row(
+        "dynamic", ", ".join(f"{axis}: {rule}" for axis, rule in report.dynamic.items()) or "nothing"
+    )
     facts.add_row("seconds", ", ".join(f"{step} {took:.1f}" for step, took in report.seconds.items()))
     for note in report.notes:
         facts.add_row("note", note)
-    parts = [facts, checks_table(report.verification)] if report.verification else [facts, Text("not verified")]
-    return Group(*parts)
+    checks: Any = checks_table(report.verification) if report.verification else Text("not verified")
+    return Group(facts, checks)
 
 
 def checks_table(report: VerificationReport) -> Any:

@@ -95,14 +95,18 @@ class VerificationReport:
             f"the file does not compute what the model computes: "
             f"{len(failed)} of {len(self.checks)} comparisons failed"
         ]
-        lines += [f"  {c.output} on {c.source} {'x'.join(map(str, c.shape))}: {c.failure}" for c in failed[:6]]
+        lines += [
+            f"  {c.output} on {c.source} {'x'.join(map(str, c.shape))}: {c.failure}" for c in failed[:6]
+        ]
         if len(failed) > 6:
             lines.append(f"  and {len(failed) - 6} more")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        checks = [{**asdict(check), "shape": list(check.shape), "passed": check.passed} for check in self.checks]
+        checks = [
+            {**asdict(check), "shape": list(check.shape), "passed": check.passed} for check in self.checks
+        ]
         return {
             **{k: getattr(self, k) for k in ("passed", "rtol", "atol", "runtime", "seed", "seconds")},
             "images": list(self.images),
@@ -192,8 +196,7 @@ def verify_onnx(
                     many = max(1, -(-len(loaded) // batch)) * batch
                     stack = torch.stack([prepare(p, size, channels) for p in islice(cycle(loaded), many)])
                 else:
-                    generator = torch.Generator().manual_seed(seed + batch)
-                    stack = torch.randn(batch, channels, *size, generator=generator)
+                    stack = noise(batch, channels, *size, seed=seed + batch)
                 checks += _compare(session, module, image_input, outputs, stack, batch, source, rtol, atol)
         notes = _notes(module, checks, channels, sizes[0], batches[0])
     return VerificationReport(
@@ -207,6 +210,12 @@ def verify_onnx(
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    """Seeded normal noise, float32 on the CPU whatever torch's defaults are."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def default_size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -257,7 +266,9 @@ def _interface(content: bytes) -> tuple[TensorInfo, tuple[TensorInfo, ...], dict
     proto = onnx.load_from_string(content)
     summary = summarize(proto)
     if len(summary.inputs) != 1 or len(summary.inputs[0].shape) != 4:
-        raise ExportError(f"expected a file with one (B, C, H, W) input, got {', '.join(map(str, summary.inputs))}")
+        raise ExportError(
+            f"expected a file with one (B, C, H, W) input, got {', '.join(map(str, summary.inputs))}"
+        )
     meta = {entry.key: entry.value for entry in proto.metadata_props}
     multiples = {axis: int(meta.get(f"vitrail.{axis}_multiple", 1)) for axis in ("height", "width")}
     return summary.inputs[0], summary.outputs, multiples
@@ -345,7 +356,9 @@ def _judge(
     elif not a.isfinite().all():
         failure = "the file's output holds NaN or infinity"
     elif worst > allowed:
-        failure = f"max error {worst:.3g} exceeds {allowed:.3g} (atol {atol:g} + rtol {rtol:g} x {largest:.3g})"
+        failure = (
+            f"max error {worst:.3g} exceeds {allowed:.3g} (atol {atol:g} + rtol {rtol:g} x {largest:.3g})"
+        )
     relative = worst / largest if largest else (0.0 if worst == 0 else float("inf"))
     mean = error.mean().item() if len(e) else 0.0
     return Check(source, shape, name, count, worst, mean, relative, cosine, top1, failure)
@@ -355,8 +368,7 @@ def _notes(
     module: Outputs, checks: Sequence[Check], channels: int, size: tuple[int, int], batch: int
 ) -> list[str]:
     """What the reader of the figures should know: randomness in the model, or outputs that ignore the input."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, batch, channels, *size, generator=generator)
+    a, b = (noise(batch, channels, *size, seed=seed) for seed in (0, 1))
     try:
         first, other = module(a), module(b)
         again = module(a) if any(not check.passed for check in checks) else first

@@ -65,7 +65,9 @@ def test_a_full_disk_changes_nothing(target):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()]
+)
 def test_a_failure_at_any_step_of_writing_changes_nothing(target, monkeypatch, step, error):
     def fail(*_):
         raise error
@@ -75,8 +77,16 @@ def test_a_failure_at_any_step_of_writing_changes_nothing(target, monkeypatch, s
         write_atomically(target, b"new")
 
 
-@pytest.mark.parametrize("step", ["capture", "translate", "optimise", "check", "verify_onnx", "write_atomically"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("capture", KeyboardInterrupt),
+        ("translate", OSError),
+        ("check", KeyboardInterrupt),
+        ("verify_onnx", MemoryError),
+        ("write_atomically", OSError),
+    ],
+)
 def test_a_failure_at_any_step_of_an_export_changes_nothing(make, target, monkeypatch, step, error):
     def fail(*_, **__):
         raise error

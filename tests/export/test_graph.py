@@ -21,7 +21,11 @@ node = helper.make_node
 @pytest.mark.parametrize(
     ("nodes", "constants", "word"),
     [
-        ([node("Expand", ["i", "s"], ["e"]), node("GatherElements", ["x", "e"], ["y"])], [], "blown up by Expand"),
+        (
+            [node("Expand", ["i", "s"], ["e"]), node("GatherElements", ["x", "e"], ["y"])],
+            [],
+            "blown up by Expand",
+        ),
         ([node("TopK", ["x", "one"], ["v", "y"])], [("one", [1])], "ArgMax is cheaper"),
         ([node("Erf", ["x"], ["y"])], [], "Gelu is spelled out"),
         (
@@ -30,7 +34,10 @@ node = helper.make_node
             "normalisation is spelled out",
         ),
         (
-            [node("Transpose", ["x"], ["t"], perm=[1, 2, 0]), node("Transpose", ["t"], ["y"], perm=[2, 0, 1])],
+            [
+                node("Transpose", ["x"], ["t"], perm=[1, 2, 0]),
+                node("Transpose", ["t"], ["y"], perm=[2, 0, 1]),
+            ],
             [],
             "cancel out",
         ),
@@ -50,7 +57,10 @@ def test_wasteful_patterns_are_named(nodes, constants, word):
         ([node("TopK", ["x", "four"], ["v", "y"])], [("four", [4])], 20),
         ([node("Erf", ["x"], ["y"])], [], 19),
         (
-            [node("Transpose", ["x"], ["t"], perm=[1, 2, 0]), node("Transpose", ["t"], ["y"], perm=[1, 2, 0])],
+            [
+                node("Transpose", ["x"], ["t"], perm=[1, 2, 0]),
+                node("Transpose", ["t"], ["y"], perm=[1, 2, 0]),
+            ],
             [],
             20,
         ),
@@ -74,7 +84,9 @@ def test_nodes_inside_branches_are_seen():
 
 
 def test_cleaning_renames_dimensions_and_weights_and_drops_traces():
-    model = model_of(node("Add", ["x", "model.w"], ["y"]), constants=[("model.w", [1])], shape=("s0", "28*s1", "4*s1"))
+    model = model_of(
+        node("Add", ["x", "model.w"], ["y"]), constants=[("model.w", [1])], shape=("s0", "28*s1", "4*s1")
+    )
     model.graph.node[0].metadata_props.add(key="stack", value="/home/someone/secret.py")
     model.graph.node[0].doc_string = "/home/someone"
     model.opset_import.append(helper.make_opsetid("pkg.unused", 1))

@@ -11,7 +11,9 @@ from vitrail.export.images import find_images, load_image, sample_photos
 
 @pytest.mark.parametrize("size", [(224, 224), (96, 96), (128, 224), (240, 160)])
 @pytest.mark.parametrize("photo", sample_photos(), ids=lambda path: path.stem)
-@pytest.mark.parametrize(("crop_pct", "interpolation"), [(0.875, "bicubic"), (0.95, "bilinear"), (1.0, "bicubic")])
+@pytest.mark.parametrize(
+    ("crop_pct", "interpolation"), [(0.875, "bicubic"), (0.95, "bilinear"), (1.0, "bicubic")]
+)
 def test_photos_are_prepared_as_timm_prepares_them(photo, size, crop_pct, interpolation):
     image = load_image(photo)
     transform = create_transform((3, *size), crop_pct=crop_pct, interpolation=interpolation)
@@ -43,7 +45,12 @@ def test_pictures_of_any_colour_mode_are_taken(tmp_path, mode):
 def test_preprocessing_comes_from_the_model_and_can_be_overridden():
     model = nn.Identity()
     assert Preprocessing.of(model) == Preprocessing()
-    model.pretrained_cfg = {"mean": [0.5], "std": (0.5, 0.5, 0.4), "interpolation": "random", "crop_pct": None}
+    model.pretrained_cfg = {
+        "mean": [0.5],
+        "std": (0.5, 0.5, 0.4),
+        "interpolation": "random",
+        "crop_pct": None,
+    }
     assert Preprocessing.of(model) == Preprocessing(mean=(0.5,), std=(0.5, 0.5, 0.4))
     assert Preprocessing.of(model, {"mean": 0, "crop_pct": 1.0}).mean == (0.0,)
     assert Preprocessing.of(model, Preprocessing(crop_pct=0.5)).crop_pct == 0.5

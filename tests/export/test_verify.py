@@ -104,7 +104,9 @@ def test_a_batch_size_frozen_in_the_graph_is_caught(tmp_path):
 
         def forward(self, x):
             x = x.mean((2, 3))
-            return x.reshape(2, -1).roll(1, 1).reshape(-1, 3) if torch.compiler.is_exporting() else x.roll(1, 1)
+            return (
+                x.reshape(2, -1).roll(1, 1).reshape(-1, 3) if torch.compiler.is_exporting() else x.roll(1, 1)
+            )
 
     report = verify_onnx(raw_export(Frozen(), tmp_path / "m.onnx"), Frozen())
     assert not report.passed
@@ -124,7 +126,9 @@ def poison(model):
 
 def halve_output(model):
     output = model.graph.output[0]
-    model.graph.node.append(onnx.helper.make_node("Cast", [output.name], ["half"], to=onnx.TensorProto.FLOAT16))
+    model.graph.node.append(
+        onnx.helper.make_node("Cast", [output.name], ["half"], to=onnx.TensorProto.FLOAT16)
+    )
     output.name = "half"
     output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     rename(model, "half", "logits")
