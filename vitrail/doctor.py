@@ -1,5 +1,6 @@
 """What runs here, and why: versions, machine, the path of every operator, and what would make it faster."""
 
+import contextlib
 import os
 import platform
 import shutil
@@ -76,12 +77,18 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def _names() -> list[str]:
+    return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vitrail::"))
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
 def _operators(status: library.LibraryStatus) -> list[OperatorPath]:
-    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vitrail::"))
     paths = []
-    for name in names:
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
-        compiled = has_kernel and status.mode != "reference"
+    for name in _names():
+        compiled = _has_kernel(name, "CPU") and status.mode != "reference"
         if compiled:
             reason = status.capability or "compiled"
         elif status.mode == "reference":
@@ -105,7 +112,7 @@ def _advice(status: library.LibraryStatus, machine: dict[str, Any]) -> list[str]
     if machine["threads"] < machine["cores"]:
         cause = "OMP_NUM_THREADS is set" if "OMP_NUM_THREADS" in os.environ else "torch was told or chose so"
         advice.append(f"torch uses {machine['threads']} of {machine['cores']} cores ({cause})")
-    if machine["cuda"]:
+    if machine["cuda"] and not any(_has_kernel(name, "CUDA") for name in _names()):
         advice.append(
             "the operators have no CUDA kernels yet: on the GPU their definitions in plain PyTorch run"
         )
@@ -120,7 +127,8 @@ def diagnose() -> Diagnosis:
     """Look at this installation. Loads the compiled operators where they are built; builds nothing."""
     status = library.status()
     if status.cached and not status.loaded and status.mode != "reference":
-        library.load()
+        with contextlib.suppress(RuntimeError):  # in mode `fused`; the status has the reason
+            library.load()
         status = library.status()
     machine = _machine()
     return Diagnosis(_versions(), machine, status, _operators(status), _advice(status, machine))

@@ -18,7 +18,7 @@ from .export.files import check_target, write_atomically
 from .export.images import load_image
 from .export.verify import default_size
 from .ops.regions import ceil_div
-from .zoo.biformer import RegionRouter
+from .zoo.biformer import FullAttention, RegionRouter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -146,18 +146,16 @@ def draw_panel(
     panel = Image.blend(ImageEnhance.Color(bright).enhance(0.2), Image.new("RGB", side, _BACKGROUND), 0.7)
     thick = max(2, side[0] // 110)
     asking = routing.region_at(point)
-    attended = routing.attended_from(asking)
+    boxes = {region: _pixels(routing, region, side) for region in routing.attended_from(asking)}
+    # what is left are regions of more than padding
+    boxes = {region: box for region, box in boxes.items() if box[2] > box[0] and box[3] > box[1]}
     draw = ImageDraw.Draw(panel)
-    if asking not in attended:
+    if asking not in boxes:
         box = _pixels(routing, asking, side)
         panel.paste(Image.blend(bright, Image.new("RGB", side, _BACKGROUND), 0.4).crop(box), box[:2])
-    for region in attended:
-        left, top, right, bottom = box = _pixels(routing, region, side)
-        if right <= left or bottom <= top:
-            continue  # nothing but padding
+    for box in boxes.values():
         panel.paste(bright.crop(box), box[:2])
-    for row, column in attended:
-        left, top, right, bottom = _pixels(routing, (row, column), side)
+    for (row, column), (left, top, right, bottom) in boxes.items():
         edges = {
             (row - 1, column): (left, top, right, top),
             (row + 1, column): (left, bottom, right, bottom),
@@ -165,10 +163,10 @@ def draw_panel(
             (row, column + 1): (right, top, right, bottom),
         }
         for neighbour, line in edges.items():
-            lead = neighbour in attended  # pieces of glass that touch are joined by lead
-            draw.line(
-                line, fill=_BACKGROUND if lead else _ATTENDED, width=max(1, thick // 2) if lead else thick
-            )
+            if neighbour in boxes:  # pieces of glass that touch are joined by lead
+                draw.line(line, fill=_BACKGROUND, width=max(1, thick // 2))
+            else:
+                draw.line(line, fill=_ATTENDED, width=thick)
     _mark(draw, _pixels(routing, asking, side), thick)
     return panel
 
@@ -187,13 +185,22 @@ def _legend(draw: Any, x: int, y: int) -> None:
 
 
 def _compose(
-    photo: "Image", routings: list[Routing], stages: int, point: tuple[float, float], title: str, note: str
+    photo: "Image",
+    routings: list[Routing],
+    unrouted: list[str],
+    point: tuple[float, float],
+    title: str,
+    note: str,
 ) -> "Image":
-    """A column for each stage: its last block large, the blocks before it small below."""
+    """A column for each stage: its last block large, the blocks before it small below.
+
+    `unrouted` says of each stage what it does where it has no routing.
+    """
     from PIL import Image, ImageDraw
 
     aspect = photo.height / photo.width
     big, small = (_PANEL, round(_PANEL * aspect)), (_SMALL, round(_SMALL * aspect))
+    stages = len(unrouted)
     by_stage = [[r for r in routings if r.stage == stage] for stage in range(stages)]
     rows = max(-(-(len(blocks) - 1) // _SMALL_PER_ROW) for blocks in by_stage)
     head = _MARGIN + 92
@@ -215,7 +222,7 @@ def _compose(
             )
             canvas.paste(draw_panel(photo, last, point, big), (x, head + _CAPTION))
         else:
-            caption = f"Stage {stage + 1}: full attention, to everything"
+            caption = f"Stage {stage + 1}: {unrouted[stage]}"
             panel = photo.resize(big, Image.Resampling.LANCZOS)
             like = routings[-1]
             _mark(ImageDraw.Draw(panel), _pixels(like, like.region_at(point), big), max(2, big[0] // 110))
@@ -268,12 +275,16 @@ def routing_picture(
     size = default_size(model, img_size)
     prepare = Preprocessing.of(model)
     weight = next(model.parameters())
-    routings = record_routes(model, prepare(photo, size)[None].to(weight))
+    images = prepare(photo, size, getattr(model, "in_chans", 3))[None].to(weight)
+    routings = record_routes(model, images)
 
     # what the model saw, in more pixels than it had
     enlarge = -(-_PANEL // size[1])
     seen = replace(prepare, mean=(0.0,), std=(1.0,))(photo, (size[0] * enlarge, size[1] * enlarge))
-    stages = len(getattr(model, "stages", ())) or routings[-1].stage + 1
+    stages = getattr(model, "stages", range(routings[-1].stage + 1))
+    unrouted = [
+        "full attention, to everything" if _has_full_attention(stage) else "no attention" for stage in stages
+    ]
     if title is None:
         place = (
             "at the photo's centre"
@@ -282,13 +293,17 @@ def routing_picture(
         )
         title = f"Where the region {place} looks"
     picture = io.BytesIO()
-    _compose(to_picture(seen), routings, stages, point, title, note).save(picture, "PNG", optimize=True)
+    _compose(_to_picture(seen), routings, unrouted, point, title, note).save(picture, "PNG", optimize=True)
     write_atomically(target, picture.getvalue())
     return routings
 
 
-def to_picture(pixels: Tensor) -> "Image":
+def _has_full_attention(stage: object) -> bool:
+    return isinstance(stage, nn.Module) and any(isinstance(m, FullAttention) for m in stage.modules())
+
+
+def _to_picture(pixels: Tensor) -> "Image":
     """A `(3, H, W)` tensor with values in [0, 1] as an RGB image."""
     from PIL import Image
 
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy(), "RGB")
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

@@ -19,7 +19,7 @@ def tiny():
 def photo():
     torch.manual_seed(1)
     pixels = (torch.rand(150, 200, 3) * 255).byte().numpy()
-    return Image.fromarray(pixels, "RGB")
+    return Image.fromarray(pixels)
 
 
 def routing(*attended: int, grid=(7, 7), extent=(1 / 7, 1 / 7)) -> Routing:
