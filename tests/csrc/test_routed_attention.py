@@ -1,7 +1,7 @@
-"""The compiled kernel of `routed_attention` against a float64 definition, and its behaviour on wrong arguments.
+"""The compiled kernel of `routed_attention`: against a float64 definition, and on wrong arguments.
 
-The operator is called directly, past the checks and the autograd of the public function: what is tested is what the
-library does when nothing protects it.
+The operator is called directly, past the checks and the autograd of the public function: what is tested is
+what the library does when nothing protects it.
 """
 
 import math
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
 from vitrail.ops import library
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -129,7 +128,9 @@ SHAPES = {
     "single tokens": Case(1, (3, 5), (3, 5), (1, 1), (1, 1), 1, 1, 1, 4),
     "one token in all": Case(1, (1, 1), (1, 1), (1, 1), (1, 1), 1, 3, 5, 1),
     "a region larger than the grid": Case(1, (3, 4), (2, 3), (7, 6), (5, 5), 2, 8, 8, 1),
-    "more queries in a region than a block holds": Case(1, (20, 20), (20, 20), (20, 10), (10, 10), 1, 16, 16, 3),
+    "more queries in a region than a block holds": Case(
+        1, (20, 20), (20, 20), (20, 10), (10, 10), 1, 16, 16, 3
+    ),
     "more keys in a region than a block holds": Case(1, (4, 4), (30, 30), (2, 2), (15, 30), 1, 16, 16, 2),
     "values wider than keys": Case(2, (9, 7), (5, 6), (2, 3), (2, 2), 3, 5, 70, 4),
     "keys wider than values": Case(2, (9, 7), (5, 6), (2, 3), (3, 1), 3, 67, 6, 4),
@@ -285,7 +286,7 @@ def test_nothing_to_compute_is_no_error(empty):
         assert (lse == -math.inf).all()
 
 
-# --- wrong arguments --------------------------------------------------------------------------------------------------
+# --- wrong arguments ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
@@ -326,7 +327,10 @@ WRONG = {
     "v must lie on the grid of k, 9 x 7, got 8 x 7": (2, lambda v: v[:, :8]),
     "q must have a positive multiple of num_heads = 2 channels, got 15": (0, lambda q: q[..., :15]),
     "v must have a positive multiple of num_heads = 2 channels, got 0": (2, lambda v: v[..., :0]),
-    r"last dimension of q must be contiguous \(stride 1\), got stride 2": (0, lambda q: q.repeat(1, 1, 1, 2)[..., ::2]),
+    r"last dimension of q must be contiguous \(stride 1\), got stride 2": (
+        0,
+        lambda q: q.repeat(1, 1, 1, 2)[..., ::2],
+    ),
     "last dimension of v must be contiguous": (2, lambda v: v.transpose(2, 3).contiguous().transpose(2, 3)),
     "routes must be int32 or int64": (3, lambda r: r.to(torch.int16)),
     r"routes must have shape .* = \(2, 6, topk\), got \(2, 5, 3\)": (3, lambda r: r[:, :5]),
@@ -338,7 +342,10 @@ WRONG = {
     r"^routed_attention: region_size .*, got \(-4, -4\)": (5, lambda _: (-4, -4)),
     r"^routed_attention: region_size .*, got \(4, 4, 4\)": (5, lambda _: (4, 4, 4)),
     r"kv_region_size must be two positive numbers .*, got \(4, 0\)": (6, lambda _: (4, 0)),
-    r"kv_region_size .* got \(9223372036854775807, 9223372036854775807\)": (6, lambda _: (2**63 - 1, 2**63 - 1)),
+    r"kv_region_size .* got \(9223372036854775807, 9223372036854775807\)": (
+        6,
+        lambda _: (2**63 - 1, 2**63 - 1),
+    ),
     r"kv_region_size .* got \(65536, 65536\)": (6, lambda _: (2**16, 2**16)),
     "num_heads must be at least 1, got 0": (7, lambda _: 0),
     "num_heads must be at least 1, got -2": (7, lambda _: -2),
@@ -365,11 +372,11 @@ def test_a_padded_region_too_large_for_memory_is_an_error_and_not_a_crash():
     arguments = case.arguments()
     arguments[3].zero_()
     arguments[6] = (2**20, 2**11 - 1)
-    with pytest.raises((RuntimeError, MemoryError), match="memory|alloc"):
+    with pytest.raises((RuntimeError, MemoryError), match=r"memory|alloc"):
         fused(*arguments)
 
 
-# --- instruction sets -------------------------------------------------------------------------------------------------
+# --- instruction sets ---------------------------------------------------------------------------------------
 
 
 def _supported(capability: str) -> bool:
@@ -385,7 +392,18 @@ def test_every_instruction_set_matches_the_definition(capability):
         return
     if not _supported(capability):
         pytest.skip(f"this processor has no {capability}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(Path(__file__)),
+    ]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
