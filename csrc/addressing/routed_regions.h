@@ -53,7 +53,8 @@ class RoutedRegions {
     template <class Visit>
     VITRAIL_INLINE void for_each_visit(int64_t image, int64_t block, Visit visit) const {
         const int64_t slot = (image * q_.count + block / parts_) * topk_;
-        for (int64_t j = slot; j < slot + topk_; ++j) visit(int64_t(routes_[j]), weights_ ? weights_[j] : T(1));
+        for (int64_t j = slot; j < slot + topk_; ++j)
+            visit(int64_t(routes_[j]), weights_ ? weights_[j] : T(1));
     }
 
   private:

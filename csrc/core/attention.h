@@ -16,7 +16,9 @@ constexpr int kRows = 4;         // query rows per micro-kernel
 constexpr int kQueryBlock = 64;  // query rows that share one pass over their keys
 constexpr int kKeyBlock = 128;   // keys scored before they are weighed: in packed form they fit L1 or L2
 
-VITRAIL_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+VITRAIL_INLINE constexpr int64_t round_up(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+}
 
 // Keys per panel: a power of two from four lanes to a whole vector, which `keys` keys fill best.
 template <class T>
@@ -142,8 +144,7 @@ class QueryBlock {
             if (weighted_) store(lane_weight_ + groups_ * g, broadcast<T, g>(weight));
             store(lane_mask_ + groups_ * g, Vec<T, g>{});
             if (count < g) {
-                for (int lane = count; lane < g; ++lane)
-                    lane_mask_[groups_ * g + lane] = -T(__builtin_inf());
+                for (int lane = count; lane < g; ++lane) lane_mask_[groups_ * g + lane] = -T(__builtin_inf());
                 partial_ = true;
             }
             ++groups_;
@@ -231,9 +232,9 @@ class QueryBlock {
                         store(to + j * g, fold<W / 2, T>(acc[r][j], acc[r][j + 1], Add()));
                 if constexpr (G == 4)
                     for (int j = 0; j < N; j += 4)
-                        store(to + j * g, fold<W / 4, T>(fold<W / 2, T>(acc[r][j], acc[r][j + 1], Add()),
-                                                         fold<W / 2, T>(acc[r][j + 2], acc[r][j + 3], Add()),
-                                                         Add()));
+                        store(to + j * g,
+                              fold<W / 4, T>(fold<W / 2, T>(acc[r][j], acc[r][j + 1], Add()),
+                                             fold<W / 2, T>(acc[r][j + 2], acc[r][j + 3], Add()), Add()));
             }
         }
     }

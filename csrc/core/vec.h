@@ -110,8 +110,7 @@ VITRAIL_INLINE Vec<T, N> fold(Vec<T, N> a, Vec<T, N> b, Op op) {
 // Reduces each of four vectors to one number; lanes 0..3 of the result hold them.
 template <class T, class Op, int N = kLanes<T>>
 VITRAIL_INLINE Vec<T, N> reduce_rows(const Vec<T, N> (&v)[4], Op op) {
-    Vec<T, N> x =
-        fold<N / 4, T>(fold<N / 2, T>(v[0], v[1], op), fold<N / 2, T>(v[2], v[3], op), op);
+    Vec<T, N> x = fold<N / 4, T>(fold<N / 2, T>(v[0], v[1], op), fold<N / 2, T>(v[2], v[3], op), op);
     if constexpr (N >= 16) x = fold<N / 8, T>(x, x, op);
     if constexpr (N >= 8) x = fold<1, T>(x, x, op);
     return x;

@@ -84,8 +84,10 @@ void check_grid(const char* name, const Tensor& t, const Tensor& q, int64_t head
     if (!t.is_cpu()) fail(name, " must be on the CPU");
     if (t.dim() != 4) fail(name, " must have 4 dimensions (B, H, W, C), got shape ", shape_of(t));
     if (t.scalar_type() != q.scalar_type())
-        fail(name, " must have the dtype of q, ", name_of(q.scalar_type()), ", got ", name_of(t.scalar_type()));
-    if (t.size(0) != q.size(0)) fail(name, " must have the batch size of q, ", q.size(0), ", got ", t.size(0));
+        fail(name, " must have the dtype of q, ", name_of(q.scalar_type()), ", got ",
+             name_of(t.scalar_type()));
+    if (t.size(0) != q.size(0))
+        fail(name, " must have the batch size of q, ", q.size(0), ", got ", t.size(0));
     if (t.size(3) == 0 || t.size(3) % heads != 0)
         fail(name, " must have a positive multiple of num_heads = ", heads, " channels, got ", t.size(3));
     if (t.stride(3) != 1 && t.size(3) > 1)
@@ -136,8 +138,9 @@ template <class Index>
 std::vector<int32_t> checked_routes(const Tensor& routes, int64_t regions) {
     return copy_slots<int32_t, Index>(routes, [&](Index route, int64_t b, int64_t r, int64_t j) {
         if (route < 0 || route >= regions)
-            fail<std::out_of_range>("routes[", b, ", ", r, ", ", j, "] is ", int64_t(route), ", but there are ", regions,
-                 " key regions: allowed are 0 to ", regions - 1);
+            fail<std::out_of_range>("routes[", b, ", ", r, ", ", j, "] is ", int64_t(route),
+                                    ", but there are ", regions, " key regions: allowed are 0 to ",
+                                    regions - 1);
         return int32_t(route);
     });
 }
@@ -175,10 +178,11 @@ void run(const RoutedAttention& a, int64_t images) {
     const int64_t pack_grain = std::max<int64_t>(1, kPackGrain / (keys * channels));
     const int64_t attend_grain = std::max<int64_t>(1, kAttendGrain / (rows * keys * a.topk * channels));
     const auto attend = [&](int64_t first, int64_t count, const void* packed) {
-        torch::stable::parallel_for(0, count * plan.attend_tasks, attend_grain, [&](int64_t begin, int64_t end) {
-            AlignedBuffer scratch(plan.scratch);
-            kernel.attend(a, first, packed, scratch.data, begin, end);
-        });
+        torch::stable::parallel_for(0, count * plan.attend_tasks, attend_grain,
+                                    [&](int64_t begin, int64_t end) {
+                                        AlignedBuffer scratch(plan.scratch);
+                                        kernel.attend(a, first, packed, scratch.data, begin, end);
+                                    });
     };
     if (plan.pack_tasks == 0) return attend(0, images, nullptr);
     const int64_t budget = kPackedBytesPerThread * torch::stable::get_num_threads();
@@ -212,7 +216,8 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, co
     a.q_regions = regions_of("region_size", q, region_size);
     a.k_regions = regions_of("kv_region_size", k, kv_region_size);
     if (a.k_regions.count > kMaxExtent)
-        fail("kv_region_size cuts k into ", a.k_regions.count, " regions; at most ", kMaxExtent, " are allowed");
+        fail("kv_region_size cuts k into ", a.k_regions.count, " regions; at most ", kMaxExtent,
+             " are allowed");
     if (!routes.is_cpu()) fail("routes must be on the CPU");
     if (routes.scalar_type() != ScalarType::Int && routes.scalar_type() != ScalarType::Long)
         fail("routes must be int32 or int64, got ", name_of(routes.scalar_type()));
@@ -233,8 +238,8 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, co
     a.topk = routes.size(2);
     a.scale = scale;
     // A generous bound on the packed form of one image, in floating point because it may overflow.
-    const double packed = 8.0 * double(a.k_regions.count) * double(num_heads) * double(a.k_regions.size + 16) *
-                          double(a.head_dim + a.value_dim + 32);
+    const double packed = 8.0 * double(a.k_regions.count) * double(num_heads) *
+                          double(a.k_regions.size + 16) * double(a.head_dim + a.value_dim + 32);
     if (packed > 0x1p62)
         fail("kv_region_size and the channels of k and v need ", packed, " bytes for one image's keys");
 

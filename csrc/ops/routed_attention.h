@@ -17,7 +17,7 @@ struct Grid {
 // A grid of tokens cut into regions, row by row; the last ones may reach past the grid.
 struct Regions {
     int64_t grid_height, grid_width;
-    int64_t height, width, size;   // of a region, in tokens
+    int64_t height, width, size;  // of a region, in tokens
     int64_t down, across, count;  // of the grid, in regions
 };
 
@@ -44,7 +44,8 @@ struct Backend {
     Plan (*plan)(const RoutedAttention&);
     // Packs keys and values of the images from `image` on: tasks [begin, end) of them all.
     void (*pack)(const RoutedAttention&, int64_t image, void* packed, int64_t begin, int64_t end);
-    // Computes outputs from what was packed (null: packs what it needs); `scratch` belongs to the caller's thread.
+    // Computes outputs from what was packed (null: packs what it needs); `scratch` belongs to the caller's
+    // thread.
     void (*attend)(const RoutedAttention&, int64_t image, const void* packed, void* scratch, int64_t begin,
                    int64_t end);
 };

@@ -1,7 +1,7 @@
-"""The compiled kernel of `routed_attention` against a float64 definition, and its behaviour on wrong arguments.
+"""The compiled kernel of `routed_attention`: against a float64 definition, and on wrong arguments.
 
-The operator is called directly, past the checks and the autograd of the public function: what is tested is what the
-library does when nothing protects it.
+The operator is called directly, past the checks and the autograd of the public function: what is tested is
+what the library does when nothing protects it.
 """
 
 import math
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
 from vitrail.ops import library
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -287,7 +286,7 @@ def test_nothing_to_compute_is_no_error(empty):
         assert (lse == -math.inf).all()
 
 
-# --- wrong arguments --------------------------------------------------------------------------------------------------
+# --- wrong arguments ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
@@ -377,7 +376,7 @@ def test_a_padded_region_too_large_for_memory_is_an_error_and_not_a_crash():
         fused(*arguments)
 
 
-# --- instruction sets -------------------------------------------------------------------------------------------------
+# --- instruction sets ---------------------------------------------------------------------------------------
 
 
 def _supported(capability: str) -> bool:
