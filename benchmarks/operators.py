@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
 from vitrail.ops import library, region_route, routed_attention, use_ops
 from vitrail.ops.regions import merge, partition
 

@@ -60,9 +60,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             ) from error
         raise CheckpointError(f"{path} is no torch checkpoint") from error
     except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no torch checkpoint ({_first_line(error)})"
-        ) from error
+        raise CheckpointError(f"{path} is truncated or no torch checkpoint ({_first_line(error)})") from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from vitrail.ops import library
 
 KERNEL_TESTS = Path(__file__).with_name("test_routed_attention.py")

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from vitrail.ops import library
 
 # The module alone: it needs nothing of the package, whose import would take most of the time.
