@@ -38,6 +38,7 @@ class Outputs(nn.Module):
         self.model = model
         self.features = features
         self.names: list[str] = []
+        self.training = model.training
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Run the model on images (B, C, H, W); `names` then holds the outputs' names."""

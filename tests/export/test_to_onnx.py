@@ -222,6 +222,15 @@ def test_training_mode_of_each_submodule_and_the_weights_survive(make, tmp_path)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_a_module_that_acts_on_a_change_of_mode_is_never_put_into_training(tmp_path):
+    class Merging(nn.Conv2d):
+        def train(self, mode=True):
+            assert not mode
+            return super().train(mode)
+
+    to_onnx(Merging(3, 4, 4).eval(), tmp_path / "m.onnx", img_size=16)
+
+
 def test_training_mode_survives_a_failure(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 4), nn.AdaptiveMaxPool2d(3), nn.Dropout()).train()
     with pytest.raises(ExportError):
