@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .catalog import create_model, default_size
 from .export.capture import evaluation
+from .export.images import pretrained_cfg
 from .ops import library, use_ops
 from .ops.flops import fvcore_handlers, torch_flop_formulas
 from .published import Published, published_figures
@@ -310,14 +311,14 @@ def profile(
             `(batch, in_chans, height, width)` images. A module is counted in eval mode and left as it came.
         img_size: input size, one number or (height, width); default: what the model is meant for.
         batch: images in the batch.
-        in_chans: channels of the images.
+        in_chans: channels of the images, where `model` is a module.
 
     Returns:
         The report; `report.ok` is False where the counters disagree by more than 0.1% or, at the paper's input size,
         a figure of the paper is missed by more than 2%.
 
     Raises:
-        ValueError: unknown name (with the nearest ones), or a size or batch below 1.
+        ValueError: unknown name (with the nearest ones), a size that the model does not take, or a batch below 1.
     """
     if isinstance(img_size, int):
         img_size = (img_size, img_size)
@@ -328,12 +329,12 @@ def profile(
     if isinstance(model, str):
         name = model
         size = img_size or default_size(name)
-        module = create_model(name, size)
+        module = create_model(name, img_size)
     else:
         module = model
-        cfg = getattr(module, "pretrained_cfg", None) or {}
+        cfg = pretrained_cfg(module)
         name = cfg.get("architecture") or type(module).__name__
-        size = img_size or tuple(cfg.get("input_size", (3, 224, 224))[-2:])
+        size = img_size or tuple(cfg.get("input_size") or (3, 224, 224))[-2:]
     parameter = next(module.parameters(), torch.empty(0))
     if parameter.is_meta:
         raise ValueError(
@@ -360,7 +361,8 @@ def profile(
                 break
 
     parameters = sum(p.numel() for p in module.parameters())
-    published = published_figures(name)
+    # a module may have been given other classes, widths, ...: only a name stands for what the paper measured
+    published = published_figures(name) if isinstance(model, str) else None
     comparisons = []
     if published and size == (published.img_size, published.img_size):
         ours = {"params": parameters / 1e6, "gmac": paths[0].fvcore / batch / 1e9}

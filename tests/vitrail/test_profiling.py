@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitrail.catalog import describe
+from vitrail.catalog import create_model, describe
 from vitrail.ops import use_ops
 from vitrail.profiling import Comparison, PathCount, ProfileReport, profile
 from vitrail.published import published_figures
@@ -89,6 +89,13 @@ def test_other_sizes_are_counted_and_not_held_against_the_paper():
     assert report.img_size == (96, 160)
     assert report.comparisons == []
     assert {s.name: s.resolution for s in report.stages}["stages.1"] == (12, 20)
+    assert report.ok, report.failures
+
+
+def test_a_module_of_other_width_is_not_held_against_the_paper():
+    report = profile(create_model("biformer_tiny", num_classes=2), img_size=64)
+    assert report.model == "biformer_tiny"
+    assert report.comparisons == []
     assert report.ok, report.failures
 
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     found = diagnose()
     machine, status = found.machine, found.library
     cuda = ", ".join(machine["cuda"]) or (
-        "none to be seen" if machine["torch_cuda"] else "torch built without"
+        "no device" if machine["torch_cuda"] else "this torch is built without"
     )
     facts = [
         ("versions", ", ".join(f"{name} {number}" for name, number in found.versions.items())),

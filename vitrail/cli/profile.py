@@ -59,9 +59,10 @@ def render(report: "ProfileReport", terminal: Terminal) -> "list[RenderableType]
     """The report as tables."""
     size = size_text(report.img_size)
     batch = "1 image" if report.batch == 1 else f"{report.batch} images"
+    in_all = "" if report.batch == 1 else f", {report.paths[0].fvcore / 1e9:.3f} G in all, as below"
     facts = [
         ("parameters", f"{millions(report.parameters)} M"),
-        ("MACs", f"{report.macs / 1e9:.3f} G per image"),
+        ("MACs", f"{report.macs / 1e9:.3f} G per image{in_all}"),
     ]
     for c in report.comparisons:
         verdict = "as published" if c.ok else "NOT as published"
