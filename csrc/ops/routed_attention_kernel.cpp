@@ -47,12 +47,48 @@ struct Kernel {
         }
     }
 
+    // Asks for the rows of a block of keys and values ahead of pack_block: they are short and far apart,
+    // which no hardware foresees.
+    static void prefetch_block(const RoutedAttention& a, const RoutedRegions<T>& policy, const Layout& block,
+                               int64_t image, int64_t key_block, int64_t head) {
+        constexpr int g = Layout::kGroup;
+        for (int64_t first = 0; first < block.keys; first += g) {
+            const int count = block.keys - first < g ? int(block.keys - first) : g;
+            Position position[g];
+            policy.keys(key_block, first, count, position);
+            for (int i = 0; i < count; ++i) {
+                prefetch(row(a.k, image, position[i], head * a.head_dim), a.head_dim * sizeof(S));
+                prefetch(row(a.v, image, position[i], head * a.value_dim), a.value_dim * sizeof(S));
+            }
+        }
+    }
+
+    // Asks for what the next task reads and writes.
+    static void prefetch_task(const RoutedAttention& a, const RoutedRegions<T>& policy, const Layout& block,
+                              int64_t image, bool packs, int64_t task) {
+        const int64_t head = task % a.heads, at = task / a.heads;
+        const int64_t source = image + at / policy.query_blocks();
+        Position position[kQueryBlock];
+        const int rows = policy.queries(at % policy.query_blocks(), position);
+        for (int r = 0; r < rows; ++r) {
+            prefetch(row(a.q, source, position[r], head * a.head_dim), a.head_dim * sizeof(S));
+            prefetch(row(a.out, source, position[r], head * a.value_dim), a.value_dim * sizeof(S));
+        }
+        if (!packs) return;
+        policy.for_each_visit(source, at % policy.query_blocks(), [&](int64_t key_block, T) {
+            prefetch_block(a, policy, block, source, key_block, head);
+        });
+    }
+
     // Heads run fastest, so that neighbouring tasks read and write neighbouring channels.
     static void pack(const RoutedAttention& a, int64_t image, void* packed, int64_t begin, int64_t end) {
         const RoutedRegions<T> policy(a);
         const Layout block = layout(a);
         for (int64_t task = begin; task < end; ++task) {
-            const int64_t at = task / a.heads;
+            const int64_t at = task / a.heads, next = (task + 1) / a.heads;
+            if (task + 1 < end)
+                prefetch_block(a, policy, block, image + next / policy.key_blocks(),
+                               next % policy.key_blocks(), (task + 1) % a.heads);
             pack_block(a, policy, block, image + at / policy.key_blocks(), at % policy.key_blocks(),
                        task % a.heads, static_cast<T*>(packed) + task * block.size());
         }
@@ -69,6 +105,8 @@ struct Kernel {
             const int64_t ahead = at / policy.query_blocks(), source = image + ahead;
             Position position[kQueryBlock];
             const int rows = policy.queries(at % policy.query_blocks(), position);
+
+            if (task + 1 < end) prefetch_task(a, policy, block, image, packed == nullptr, task + 1);
 
             queries.begin(rows);
             for (int r = 0; r < rows; ++r)
