@@ -104,7 +104,7 @@ def render(report: "DemoReport", terminal: Terminal, seconds: float) -> list[Any
     """The summary, compact."""
     cost, speed, export = report.profile, report.speed, report.export
     facts = [
-        ("photo", f"{Path(report.photo).name} at {size_text(cost.img_size)}"),
+        ("photo", Path(report.photo).name),
         (
             "weights",
             f"{report.weights}; class scores mean nothing" if report.random_weights else report.weights,
