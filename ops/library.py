@@ -390,8 +390,8 @@ def load() -> bool:
     """
     if _state.path is not None:
         return True
-    path = mode()
-    if path == "reference":
+    wanted = mode()
+    if wanted == "reference":
         return False
     with _loading:
         if _state.path is None and _state.reason is None:
@@ -399,13 +399,13 @@ def load() -> bool:
                 _load()
             except (BuildError, OSError, RuntimeError) as error:
                 _state.reason = str(error)
-                if path != "fused":
+                if wanted != "fused":
                     warnings.warn(
                         f"vitrail runs without its compiled operators, slower and with more memory: {error}",
                         RuntimeWarning,
                         stacklevel=2,
                     )
-    if _state.path is None and path == "fused":
+    if _state.path is None and wanted == "fused":
         raise RuntimeError(f"VITRAIL_OPS is fused, but there are no compiled operators: {_state.reason}")
     return _state.path is not None
 

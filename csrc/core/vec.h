@@ -61,8 +61,9 @@ VITRAIL_INLINE void store(T* to, const V& v) {
     __builtin_memcpy(to, &v, sizeof(v));
 }
 
-// Into the second-level cache: what is asked for here is needed a whole task later.
+// Into the second-level cache: what is asked for here is needed a whole task later. Null asks for nothing.
 VITRAIL_INLINE void prefetch(const void* from, int64_t bytes) {
+    if (!from) return;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 

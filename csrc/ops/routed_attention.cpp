@@ -176,7 +176,8 @@ void run(const RoutedAttention& a, int64_t images) {
     const int64_t rows = std::min<int64_t>(a.q_regions.size, 64);
     const int64_t keys = a.k_regions.size;
     const int64_t pack_grain = std::max<int64_t>(1, kPackGrain / (keys * channels));
-    const int64_t attend_grain = std::max<int64_t>(1, kAttendGrain / (rows * keys * a.topk * channels));
+    const double work = double(rows) * double(keys) * double(a.topk) * double(channels);
+    const int64_t attend_grain = std::max<int64_t>(1, int64_t(kAttendGrain / work));
     const auto attend = [&](int64_t first, int64_t count, const void* packed) {
         torch::stable::parallel_for(0, count * plan.attend_tasks, attend_grain,
                                     [&](int64_t begin, int64_t end) {
@@ -214,6 +215,10 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, co
         fail("v must lie on the grid of k, ", k.size(1), " x ", k.size(2), ", got ", v.size(1), " x ",
              v.size(2));
     a.q_regions = regions_of("region_size", q, region_size);
+    // A region that is larger than the grid holds the same queries as one of the grid's size.
+    a.q_regions.height = std::min(a.q_regions.height, std::max<int64_t>(q.size(1), 1));
+    a.q_regions.width = std::min(a.q_regions.width, std::max<int64_t>(q.size(2), 1));
+    a.q_regions.size = a.q_regions.height * a.q_regions.width;
     a.k_regions = regions_of("kv_region_size", k, kv_region_size);
     if (a.k_regions.count > kMaxExtent)
         fail("kv_region_size cuts k into ", a.k_regions.count, " regions; at most ", kMaxExtent,

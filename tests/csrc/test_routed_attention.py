@@ -276,6 +276,11 @@ def test_an_image_gives_the_same_bits_alone_and_in_a_batch():
         assert torch.equal(alone[0], out[b])
 
 
+def test_a_region_far_larger_than_the_grid_costs_nothing():
+    case = Case(1, (3, 4), (4, 4), (2**15, 2**15), (4, 4), 1, 8, 8, 1)
+    assert_matches(case, case.arguments())
+
+
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"grid": (0, 7)}, {"topk": 0}], ids=str)
 def test_nothing_to_compute_is_no_error(empty):
     case = replace(Case(), **empty)
