@@ -28,14 +28,15 @@ from timm.layers import (
     DropPath,
     LayerScale,
     calculate_drop_path_rates,
+    to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from ..ops import region_route, routed_attention
 from ..ops.regions import merge, partition, region_means
-from .layers import StagedBackbone, check_image, depthwise_conv, pad_to_multiple
+from .layers import Stage, StagedBackbone, check_image, depthwise_conv, pad_to_multiple
 from .weights import build_model, check_state_dict
 
 for _function in (region_route, routed_attention, region_means, partition, merge):
@@ -176,9 +177,10 @@ class BiLevelRoutingAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.dim = dim
         self.qk_dim = qk_dim or dim
-        if self.qk_dim % num_heads or dim % num_heads:
+        if num_heads < 1 or self.qk_dim % num_heads or dim % num_heads:
             raise ValueError(
-                f"{num_heads} heads must divide the width {dim} and the query width {self.qk_dim}"
+                f"the number of heads, query width // head_dim = {num_heads}, must be positive and divide "
+                f"the width {dim} and the query width {self.qk_dim}"
             )
         if param_attention not in ("qkvo", "qkv"):
             raise ValueError(f"param_attention must be 'qkvo' or 'qkv', got {param_attention!r}")
@@ -248,13 +250,10 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        local = x if self.lepe_of_input else v
-        shape = (b, h * w, self.num_heads, c // self.num_heads)
+        qkv = self.qkv(x)
+        local = x if self.lepe_of_input else qkv[..., 2 * c :]
         q, k, v = (
-            q.reshape(shape).transpose(1, 2),
-            k.reshape(shape).transpose(1, 2),
-            v.reshape(shape).transpose(1, 2),
+            qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         )
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)
         if self.lepe is not None:
@@ -384,24 +383,6 @@ class Downsample(nn.Module):
         return self.conv(self.norm(x)) if self.norm_first else self.norm(self.conv(x))
 
 
-class BiFormerStage(nn.Module):
-    """Downsampling (but for the first stage) and the blocks of one resolution, `(B, C, H, W)` to the same."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
-
-
 class BiFormer(StagedBackbone):
     """BiFormer for images of any size.
 
@@ -489,7 +470,7 @@ class BiFormer(StagedBackbone):
             raise ValueError("pad_after goes with plain routing only, as in the published biformer_stl_nchw")
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.num_features = embed_dims[-1]
         self.smallest_image = 2 ** (num_stages + 1) if swin_layout else 1
         # the map of the last routed stage must divide into regions, and with it all the larger ones
         routed = [i for i, topk in enumerate(topks) if topk > 0]
@@ -502,25 +483,15 @@ class BiFormer(StagedBackbone):
             if topks[i] < 0:
                 lepe_of = "none" if topks[i] == -1 else "value" if pad_after else "input"
                 return FullAttention(dim, num_heads_full, side_dwconv, lepe_of, **dd)
-            return BiLevelRoutingAttention(
-                dim,
-                num_heads=qk_dims[i] // head_dim,
-                n_win=n_win,
-                topk=topks[i],
-                qk_dim=qk_dims[i],
-                qk_scale=qk_scale,
-                side_dwconv=side_dwconv,
-                kv_downsample_mode=kv_downsample_mode,
-                kv_per_win=kv_per_wins[i],
-                kv_downsample_ratio=kv_downsample_ratios[i],
-                soft_routing=soft_routing,
-                diff_routing=diff_routing,
-                param_routing=param_routing,
-                param_attention=param_attention,
-                auto_pad=auto_pad,
-                pad_after=pad_after,
-                **dd,
+            heads, pool = (
+                qk_dims[i] // head_dim,
+                (kv_downsample_mode, kv_per_wins[i], kv_downsample_ratios[i]),
             )
+            routing = (soft_routing, diff_routing, param_routing)
+            return BiLevelRoutingAttention(
+                dim, heads, n_win, topks[i], qk_dims[i], qk_scale, side_dwconv, *pool, *routing,
+                param_attention=param_attention, auto_pad=auto_pad, pad_after=pad_after, **dd,
+            )  # fmt: skip
 
         self.stem = (PatchStem if swin_layout else ConvStem)(in_chans, embed_dims[0], **dd)
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -544,22 +515,18 @@ class BiFormer(StagedBackbone):
                 )
                 for j in range(depths[i])
             ]
-            stages.append(BiFormerStage(downsample, blocks))
+            stages.append(Stage(downsample, blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(self.num_features, **dd)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
         )
+        self.head_hidden_size = self.head.num_features
         self.apply(self._init_weights)
         if img_size is not None:
-            h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
-            check_image(
-                torch.empty(0, in_chans, h, w, device="meta"),
-                in_chans,
-                self.smallest_image,
-                self.image_multiple,
-            )
+            image = torch.empty(0, in_chans, *to_2tuple(img_size), device="meta")
+            check_image(image, in_chans, self.smallest_image, self.image_multiple)
 
     @staticmethod
     def _init_weights(m: nn.Module) -> None:

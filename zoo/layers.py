@@ -1,11 +1,12 @@
 """What several families share: the frame of a network of stages, and small helpers on channels-last maps."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, get_device_dtype
-from timm.models import register_notrace_function
+from timm.models import checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -38,6 +39,24 @@ def check_image(x: Tensor, in_chans: int, smallest: int, multiple: int) -> None:
 def depthwise_conv(dim: int, kernel_size: int, device: Any = None, dtype: Any = None) -> nn.Module:
     """Depthwise convolution that keeps the map's size."""
     return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+
+class Stage(nn.Module):
+    """Downsampling (but for the first stage) and the blocks of one resolution, `(B, C, H, W)` to the same."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class StagedBackbone(nn.Module):
