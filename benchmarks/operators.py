@@ -1,4 +1,4 @@
-"""Time of the operators against the best formulations in stock PyTorch, and and the machine's GEMM rate.
+"""Time of the operators against the best formulations in stock PyTorch, and the machine's GEMM rate.
 
 The candidates run in turn, in one process, so that whatever else the machine does falls on all of them alike.
 
