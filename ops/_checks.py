@@ -44,12 +44,11 @@ def check_region_size(name: str, size: Sequence[int]) -> None:
 
 
 def check_routes_in_range(routes: Tensor, regions: int) -> None:
-    """Every route names an existing region. Reads values, so only for real tensors outside of tracing."""
-    if routes.numel() == 0:
-        return
-    low, high = (int(x) for x in torch.aminmax(routes))
-    if low < 0 or high >= regions:
-        bad = low if low < 0 else high
+    """Every route names an existing region, else an IndexError. Reads values: for real tensors outside of tracing."""
+    wrong = ((routes < 0) | (routes >= regions)).nonzero()
+    if len(wrong):
+        at = wrong[0].tolist()
         raise IndexError(
-            f"routes holds region {bad}, but there are {regions} regions; allowed are 0 to {regions - 1}"
+            f"routes{at} is {int(routes[tuple(at)])}, but there are {regions} key regions: "
+            f"allowed are 0 to {regions - 1}"
         )
