@@ -8,12 +8,14 @@ The candidates run in turn, in one process, so that whatever else the machine do
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -178,13 +180,35 @@ def main() -> int:
         return 1
     capability = library.status().capability
     if options.json:
-        print(json.dumps({"capability": capability, "results": [asdict(r) for r in results]}, indent=2))
+        machine = {"cpu": cpu_name(), "capability": capability, "torch": torch.__version__}
+        print(json.dumps(machine | {"results": [asdict(r) for r in results]}, indent=2))
     else:
         Console(width=None if sys.stdout.isatty() else 140).print(table(results, capability))
-    slower = [r for r in results if min(r.speedup.values()) < 1]
-    for r in slower if options.check else []:
+    if not options.check:
+        return 0
+    slower = [r for r in results if not confirmed_faster(r, options.min_seconds)]
+    for r in slower:
         print(f"slower than a reference: {r.setting}, batch {r.batch}, {r.threads} threads", file=sys.stderr)
-    return 1 if options.check and slower else 0
+    return 1 if slower else 0
+
+
+def confirmed_faster(result: Result, min_seconds: float) -> bool:
+    """Whether fused is the fastest; measured twice more before it is called slower, as machines are busy."""
+    setting = next(s for s in SETTINGS if s.name == result.setting)
+    for _ in range(2):
+        if min(result.speedup.values()) >= 1:
+            return True
+        with use_ops("fused"):
+            result = measure(setting, result.batch, result.threads, 2 * min_seconds)
+    return min(result.speedup.values()) >= 1
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":
