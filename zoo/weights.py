@@ -8,6 +8,7 @@ import argparse
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` or torch checkpoint file.
+    """The state dict in a `.safetensors` or torch checkpoint file; an `argparse.Namespace` beside it is allowed.
 
     Training checkpoints are unwrapped (`model_ema`, `model`, `state_dict`, ...), a `module.` prefix is removed.
 
@@ -47,19 +48,24 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # options saved beside the weights
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from error
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or path.read_bytes()[:1] == b"\x80":
+        with path.open("rb") as file:
+            pickled = zipfile.is_zipfile(path) or file.read(1) == b"\x80"
+        if pickled:
             reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
             raise CheckpointError(
                 f"{path} holds more than tensors and was refused, as reading it could run code ({reason}); "
                 "save it again as a plain state dict or as safetensors where you trust it"
             ) from error
         raise CheckpointError(f"{path} is no torch checkpoint") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # what damaged bytes make of the reader has no common type
         raise CheckpointError(f"{path} is truncated or no torch checkpoint ({_first_line(error)})") from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

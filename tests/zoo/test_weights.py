@@ -1,12 +1,17 @@
 """Checkpoints load whole, safely, or not at all."""
 
+import contextlib
+import io
 import pickle
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from vitrail.zoo import list_families
@@ -97,6 +102,32 @@ def test_a_bad_file_gives_one_error_and_no_output(kind, bad, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay={"file": str(path)})
     assert not Malicious.trace.exists(), "code in the file was executed"
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_refused_with_the_same_error(content):
+    for suffix in (".pth", ".safetensors"):
+        with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+            file.write(content)
+            file.flush()
+            with pytest.raises(CheckpointError):
+                read_checkpoint(file.name)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), old_format=st.booleans())
+def test_a_damaged_checkpoint_loads_or_is_refused_and_never_fails_otherwise(data, old_format):
+    buffer = io.BytesIO()
+    torch.save({"model": {"a": torch.arange(6.0)}}, buffer, _use_new_zipfile_serialization=not old_format)
+    content = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        file.write(content)
+        file.flush()
+        with contextlib.suppress(CheckpointError):
+            assert all(isinstance(value, torch.Tensor) for value in read_checkpoint(file.name).values())
 
 
 def test_the_authors_layout_loads_through_timm(case, authors_file):
