@@ -7,11 +7,7 @@ from torch import Tensor
 
 from . import library
 from ._checks import check_grid, check_like, check_region_size
-from .regions import ceil_div, concrete, region_means
-
-
-def _region_count(x: Tensor, region_size: List[int]) -> int:
-    return ceil_div(x.shape[1], region_size[0]) * ceil_div(x.shape[2], region_size[1])
+from .regions import concrete, region_count, region_means
 
 
 def reference(q: Tensor, k: Tensor, topk: int, region_size: List[int], kv_region_size: List[int]) -> Tensor:
@@ -33,7 +29,7 @@ _lib.impl("region_route", reference, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("vitrail::region_route", lib=_lib)
 def _fake(q: Tensor, k: Tensor, topk: int, region_size: List[int], kv_region_size: List[int]) -> Tensor:
-    return q.new_empty((q.shape[0], _region_count(q, region_size), topk), dtype=torch.int64)
+    return q.new_empty((q.shape[0], region_count(q, region_size), topk), dtype=torch.int64)
 
 
 def _check(q: Tensor, k: Tensor, topk: int, region_size: List[int], kv_region_size: List[int]) -> None:
@@ -46,7 +42,7 @@ def _check(q: Tensor, k: Tensor, topk: int, region_size: List[int], kv_region_si
         raise ValueError(
             f"q and k must agree in batch and channels, got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    regions = _region_count(k, kv_region_size)
+    regions = region_count(k, kv_region_size)
     if not 1 <= topk <= regions:
         raise ValueError(f"topk must lie between 1 and the number of key regions, {regions}; got {topk}")
 

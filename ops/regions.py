@@ -16,6 +16,11 @@ def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
+def region_count(x: Tensor, region_size: List[int]) -> int:
+    """Number of regions that cover a grid `(B, H, W, C)`."""
+    return ceil_div(x.shape[1], region_size[0]) * ceil_div(x.shape[2], region_size[1])
+
+
 def partition(x: Tensor, region_size: List[int]) -> Tensor:
     """Cut `(B, H, W, C)` into `(B, regions, tokens of a region, C)`, with zeros for what reaches past the grid."""
     b, h, w, c = x.shape

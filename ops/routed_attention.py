@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import library
 from ._checks import check_grid, check_like, check_region_size, check_routes_in_range
-from .regions import ceil_div, concrete, merge, partition
+from .regions import concrete, merge, partition, region_count
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
@@ -38,17 +38,7 @@ def _key_weights(weights: Tensor, tokens: int) -> Tensor:
     return weights.repeat_interleave(tokens, -1)[:, :, None, None]
 
 
-def _operands(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    weights: Optional[Tensor],
-    region_size: List[int],
-    kv_region_size: List[int],
-    num_heads: int,
-    scale: float,
-) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
+def _operands(q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale):
     """Per region and head: queries (scaled), chosen keys and values `(B, R, heads, tokens, d)`, weight of each key."""
     if q.dtype in (torch.bfloat16, torch.float16):
         q, k, v = q.float(), k.float(), v.float()
@@ -114,24 +104,14 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    weights: Optional[Tensor],
-    region_size: List[int],
-    kv_region_size: List[int],
-    num_heads: int,
-    scale: float,
-) -> Tuple[Tensor, Tensor]:
+def _forward(q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale):
     """Kernel of last resort: hands over to the compiled library once that is loaded, else runs the definition."""
     if q.device.type == "cpu" and library.load():
         return torch.ops.vitrail.routed_attention(
             q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale
         )
     if q.device.type == "cpu":
-        check_routes_in_range(routes, partition_count(k, kv_region_size))
+        check_routes_in_range(routes, region_count(k, kv_region_size))
     queries, keys, values, key_weights = _operands(
         q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale
     )
@@ -144,16 +124,11 @@ def _forward(
     return _to_grid(attention @ values, q, region_size).contiguous(), lse_grid.contiguous()
 
 
-def partition_count(x: Tensor, region_size: List[int]) -> int:
-    """Number of regions that cover a grid `(B, H, W, C)`."""
-    return ceil_div(x.shape[1], region_size[0]) * ceil_div(x.shape[2], region_size[1])
-
-
 def _scatter(grad: Tensor, routes: Tensor, like: Tensor, region_size: List[int]) -> Tensor:
     """Transpose of `_select` and `_heads`: adds the gradients of chosen tokens up where they were chosen from."""
     b, regions, _, tokens, _ = grad.shape
     topk = routes.shape[2]
-    count = partition_count(like, region_size)
+    count = region_count(like, region_size)
     flat = routes + count * torch.arange(b, device=routes.device, dtype=routes.dtype).view(b, 1, 1)
     rows = grad.transpose(2, 3).reshape(b * regions * topk, (tokens // max(topk, 1)) * like.shape[3])
     out = rows.new_zeros((b * count, rows.shape[1])).index_add(0, flat.flatten(), rows)
@@ -162,19 +137,8 @@ def _scatter(grad: Tensor, routes: Tensor, like: Tensor, region_size: List[int])
 
 
 def _backward_formula(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    weights: Optional[Tensor],
-    region_size: List[int],
-    kv_region_size: List[int],
-    num_heads: int,
-    scale: float,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, out, lse, q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale
+):
     """Gradients from the inputs and the log-sum-exp of each row alone; the attention matrix was never stored."""
     queries, keys, values, key_weights = _operands(
         q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale
@@ -202,7 +166,7 @@ def _backward_formula(
 
 
 def _backward_kernel(*args) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(x.contiguous() for x in _backward_formula(*args))  # type: ignore[return-value]
+    return tuple(x.contiguous() for x in _backward_formula(*args))
 
 
 _lib.impl("routed_attention", _forward, "CompositeExplicitAutograd")
@@ -335,16 +299,7 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 # --- the public function ----------------------------------------------------------------------------------------------
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    weights: Optional[Tensor],
-    region_size: List[int],
-    kv_region_size: List[int],
-    num_heads: int,
-) -> None:
+def _check(q, k, v, routes, weights, region_size, kv_region_size, num_heads) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_grid(name, x)
         check_like(name, x, "q", q)
@@ -364,7 +319,7 @@ def _check(
         raise TypeError(f"routes must be int32 or int64, got {routes.dtype}; convert it with .long()")
     if routes.device != q.device:
         raise ValueError(f"routes is on {routes.device} but q is on {q.device}; move one of them with .to()")
-    regions = partition_count(q, region_size)
+    regions = region_count(q, region_size)
     if routes.dim() != 3 or routes.shape[0] != q.shape[0] or routes.shape[1] != regions:
         raise ValueError(
             f"routes must have shape (batch {q.shape[0]}, regions {regions}, topk), got {tuple(routes.shape)}"
@@ -441,7 +396,7 @@ def routed_attention(
         )[0]
     if library.mode() == "reference":
         if _holds_values(routes):  # the operator's kernels check for themselves
-            check_routes_in_range(routes, partition_count(k, kv_region_size))
+            check_routes_in_range(routes, region_count(k, kv_region_size))
         return reference(q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale)
     op = _Function.apply if _in_transform() else torch.ops.vitrail.routed_attention
     return op(q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale)[0]

@@ -35,7 +35,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from ..ops import region_route, routed_attention
-from ..ops.regions import merge, partition, region_means
+from ..ops.regions import merge, partition, region_count, region_means
 from .layers import Stage, StagedBackbone, check_image, depthwise_conv, pad_to_multiple
 from .weights import build_model, check_state_dict
 
@@ -49,6 +49,12 @@ for _function in (region_route, routed_attention, region_means, partition, merge
 def region_size_of(x: Tensor, n_win: int) -> List[int]:
     """Size of a region when a `(B, H, W, C)` map is cut into (about) `n_win` x `n_win` of them; at least one token."""
     return [max(x.shape[1] // n_win, 1), max(x.shape[2] // n_win, 1)]
+
+
+@register_notrace_function
+def limit_topk(topk: int, x: Tensor, region_size: List[int]) -> int:
+    """A small map may have fewer regions than a region is to choose."""
+    return min(topk, region_count(x, region_size))
 
 
 class RegionRouter(nn.Module):
@@ -87,10 +93,7 @@ class RegionRouter(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, region_size: List[int]) -> Tuple[Tensor, Optional[Tensor]]:
         """Routes `(B, R, topk)` and, for soft routing, their weights, from `(B, H, W, C)` queries and keys."""
-        regions = ((q.shape[1] + region_size[0] - 1) // region_size[0]) * (
-            (q.shape[2] + region_size[1] - 1) // region_size[1]
-        )
-        topk = limit_topk(self.topk, regions)
+        topk = limit_topk(self.topk, q, region_size)
         if not self.soft_routing:
             return region_route(q, k, topk, region_size), None
         q, k = region_means(q, region_size), region_means(k, region_size)
@@ -100,12 +103,6 @@ class RegionRouter(nn.Module):
         scores, routes = scores.topk(topk, dim=-1)
         weights = scores.softmax(-1)
         return routes, weights if weights.dtype == torch.float64 else weights.float()
-
-
-@register_notrace_function
-def limit_topk(topk: int, regions: int) -> int:
-    """A small map may have fewer regions than a region is to choose."""
-    return min(topk, regions)
 
 
 class KeyValuePool(nn.Module):
