@@ -620,18 +620,18 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
-_SHARES = "https://api.onedrive.com/v1.0/shares/"
+def _share(name: str) -> str:
+    """Address of a file that the authors share."""
+    return f"https://api.onedrive.com/v1.0/shares/s!{name}/root/content"
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "biformer_tiny.in1k": _cfg(_SHARES + "s!AkBbczdRlZvChHEOoGkgwgQzEDlM/root/content"),
-        "biformer_small.in1k": _cfg(_SHARES + "s!AkBbczdRlZvChHDyM-x9KWRBZ832/root/content"),
-        "biformer_base.in1k": _cfg(_SHARES + "s!AkBbczdRlZvChHI_XPhoadjaNxtO/root/content"),
-        "biformer_stl.in1k": _cfg(
-            _SHARES + "s!AkBbczdRlZvChSf-m7ujkvx9lIQ1/root/content", first_conv="stem.conv"
-        ),
-        "biformer_stl_nchw.in1k": _cfg(
-            _SHARES + "s!AkBbczdRlZvChWYrKbWbMgqd2Ai0/root/content", first_conv="stem.conv"
-        ),
+        "biformer_tiny.in1k": _cfg(_share("AkBbczdRlZvChHEOoGkgwgQzEDlM")),
+        "biformer_small.in1k": _cfg(_share("AkBbczdRlZvChHDyM-x9KWRBZ832")),
+        "biformer_base.in1k": _cfg(_share("AkBbczdRlZvChHI_XPhoadjaNxtO")),
+        "biformer_stl.in1k": _cfg(_share("AkBbczdRlZvChSf-m7ujkvx9lIQ1"), first_conv="stem.conv"),
+        "biformer_stl_nchw.in1k": _cfg(_share("AkBbczdRlZvChWYrKbWbMgqd2Ai0"), first_conv="stem.conv"),
     }
 )
 

@@ -60,10 +60,34 @@ class Routed(nn.Module):
         return self.head(x.mean((1, 2)))
 
 
+class WindowReverse(nn.Module):
+    """The published way to undo a partition into windows, whose batch size goes through a float."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        b, c, h, w = x.shape
+        windows = x.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, 4, c).softmax(1)
+        b = int(windows.shape[0] / (h * w / 4 / 4))
+        return windows.view(b, h // 4, w // 4, 4, 4, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, -1)
+
+
+class FixedBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x):
+        return self.stem(x).reshape(2, -1)
+
+
 @pytest.fixture
 def make():
     """`make("Routed", topk=1)`: one of the modules above with seeded weights."""
-    classes = {cls.__name__: cls for cls in (Attentive, Pyramid, Routed)}
+    classes = {cls.__name__: cls for cls in (Attentive, Pyramid, Routed, WindowReverse, FixedBatch)}
 
     def build(name, **kwargs):
         torch.manual_seed(0)

@@ -281,42 +281,20 @@ def test_an_export_prints_and_warns_nothing(make, tmp_path, capfd, caplog):
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
-class WindowReverse(nn.Module):
-    """The published way to undo a partition into windows, whose batch size goes through a float."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-
-    def forward(self, x):
-        x = self.stem(x)
-        b, c, h, w = x.shape
-        windows = x.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, 4, c).softmax(1)
-        b = int(windows.shape[0] / (h * w / 4 / 4))
-        return windows.view(b, h // 4, w // 4, 4, 4, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, -1)
-
-
-class FixedBatch(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-
-    def forward(self, x):
-        return self.stem(x).reshape(2, -1)
-
-
-@pytest.mark.parametrize("module", [WindowReverse, FixedBatch])
+@pytest.mark.parametrize("module", ["WindowReverse", "FixedBatch"])
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_batch_size_frozen_by_the_model_is_refused_with_or_without_verification(tmp_path, module, verify):
+def test_a_batch_size_frozen_by_the_model_is_refused_with_or_without_verification(
+    make, tmp_path, module, verify
+):
     with pytest.raises(
         ExportError, match=r"fixes the batch at the traced size.*leave 'batch' out of dynamic"
     ):
-        to_onnx(module(), tmp_path / "m.onnx", img_size=32, verify=verify)
+        to_onnx(make(module), tmp_path / "m.onnx", img_size=32, verify=verify)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_same_model_exports_with_a_fixed_batch(tmp_path):
-    assert to_onnx(WindowReverse(), tmp_path / "m.onnx", img_size=32, dynamic=()).verification.passed
+def test_the_same_model_exports_with_a_fixed_batch(make, tmp_path):
+    assert to_onnx(make("WindowReverse"), tmp_path / "m.onnx", img_size=32, dynamic=()).verification.passed
 
 
 class OneSize(nn.Module):

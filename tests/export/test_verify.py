@@ -76,23 +76,8 @@ def test_every_photo_given_is_compared(exported, tmp_path):
 # --- broken files: each must fail --------------------------------------------------------------------------
 
 
-class WindowReverse(nn.Module):
-    """The published way to undo a partition into windows, whose batch size goes through a float."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-
-    def forward(self, x):
-        x = self.stem(x)
-        b, c, h, w = x.shape
-        windows = x.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, 4, c).softmax(1)
-        b = int(windows.shape[0] / (h * w / 4 / 4))
-        return windows.view(b, h // 4, w // 4, 4, 4, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, -1)
-
-
-def test_a_batch_size_frozen_by_torchs_own_exporter_is_caught(tmp_path):
-    model = WindowReverse()
+def test_a_batch_size_frozen_by_torchs_own_exporter_is_caught(make, tmp_path):
+    model = make("WindowReverse")
     report = verify_onnx(raw_export(model, tmp_path / "m.onnx"), model)
     assert not report.passed
     assert any(check.shape[0] == 3 for check in report.checks if not check.passed)

@@ -8,10 +8,10 @@ from .terminal import (
     JobFailed,
     Terminal,
     UsageError,
+    add_image_size,
+    add_model,
     at_least,
     existing_file,
-    image_size,
-    model_name,
     new_file,
     positive_number,
 )
@@ -62,16 +62,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "what the model computes in torch; otherwise the exit code is 1 and there is no file.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", type=model_name, help="a model name, of vitrail's or timm's"
-    )
+    add_model(parser)
     parser.add_argument("output", metavar="OUT", type=new_file(".onnx"), help="file to write, ends in .onnx")
-    parser.add_argument(
-        "--img-size",
-        type=image_size,
-        metavar="N|HxW",
-        help="input size (default: what the model is meant for)",
-    )
+    add_image_size(parser)
     parser.add_argument(
         "--dynamic",
         type=_axes,

@@ -3,7 +3,14 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .terminal import Terminal, at_least, image_size, millions, model_name, size_text
+from .terminal import (
+    Terminal,
+    add_image_size,
+    add_model,
+    at_least,
+    millions,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,15 +36,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "disagree by more than 0.1% or a figure of the paper is missed by more than 2%.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", type=model_name, help="a model name, of vitrail's or timm's"
-    )
-    parser.add_argument(
-        "--img-size",
-        type=image_size,
-        metavar="N|HxW",
-        help="input size (default: what the model is meant for)",
-    )
+    add_model(parser)
+    add_image_size(parser)
     parser.add_argument(
         "--batch", type=at_least(1), default=1, metavar="N", help="images in the batch (default: %(default)s)"
     )

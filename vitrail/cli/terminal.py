@@ -248,6 +248,23 @@ def model_name(text: str) -> str:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The argument MODEL, for any model that timm knows."""
+    parser.add_argument(
+        "model", metavar="MODEL", type=model_name, help="a model name, of vitrail's or timm's"
+    )
+
+
+def add_image_size(parser: argparse.ArgumentParser) -> None:
+    """The option --img-size."""
+    parser.add_argument(
+        "--img-size",
+        type=image_size,
+        metavar="N|HxW",
+        help="input size (default: what the model is meant for)",
+    )
+
+
 def size_text(size: Sequence[int]) -> str:
     """`(256, 192)` as `256x192`."""
     return "x".join(map(str, size))
