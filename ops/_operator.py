@@ -161,11 +161,11 @@ class Operator:
 
     def _leaves(self, args):
         """The arguments with fresh leaves where they are differentiable, and these leaves."""
-        args = list(args)
+        fresh = list(args)
         for i in self._wanted:
-            if args[i] is not None:
-                args[i] = args[i].detach().requires_grad_()
-        return args, [args[i] for i in self._wanted if args[i] is not None]
+            if fresh[i] is not None:
+                fresh[i] = fresh[i].detach().requires_grad_()
+        return fresh, [fresh[i] for i in self._wanted if fresh[i] is not None]
 
     def _fake_backward(self, grad, *rest):
         args = rest[self._saved :]
@@ -239,12 +239,12 @@ class Operator:
     def _autocast(self, device: str):
         def kernel(*args):
             dtype = torch.get_autocast_dtype(device)
-            args = list(args)
+            converted = list(args)
             for i in self._cast:
                 if args[i] is not None and args[i].dtype != torch.float64:
-                    args[i] = args[i].to(dtype)
+                    converted[i] = args[i].to(dtype)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[device])):
-                return self.op(*args)
+                return self.op(*converted)
 
         return kernel
 
