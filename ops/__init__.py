@@ -4,11 +4,21 @@
 block of code.
 """
 
+from .connectivity_topk import connectivity_topk
 from .library import use_ops
 from .region_route import region_route
 from .routed_attention import routed_attention
+from .sparse_attention import sparse_attention
 from .window_attention import window_attention
 
 from . import flops  # isort: skip  (registers formulas of the operators above)
 
-__all__ = ["flops", "region_route", "routed_attention", "use_ops", "window_attention"]
+__all__ = [
+    "connectivity_topk",
+    "flops",
+    "region_route",
+    "routed_attention",
+    "sparse_attention",
+    "use_ops",
+    "window_attention",
+]

@@ -52,6 +52,19 @@ def region_route_macs(q: Shape, k: Shape, topk: int, region_size: Shape, kv_regi
     return q[0] * regions(q, region_size) * regions(k, kv_region_size) * q[3]
 
 
+def sparse_attention_macs(q: Shape, k: Shape, v: Shape, keys: Shape, *_: Any) -> int:
+    """Scores and values: each query meets the keys of its list (empty slots count, as their number is not known)."""
+    return q[0] * q[1] * keys[3] * (q[2] + v[2])
+
+
+def connectivity_topk_macs(
+    coefficients: Shape, basis: Shape, candidates: Any, num_keys: int, num_coefficients: int, *_: Any
+) -> int:
+    """Each query mixes the basis rows of the coefficients it keeps (all, where a threshold chooses)."""
+    tokens = basis[1] if candidates is None else candidates[1]
+    return prod(coefficients[:3]) * min(num_coefficients or basis[0], basis[0]) * tokens
+
+
 def _attention_backward(forward: Callable[..., int]) -> Callable[..., int]:
     """Scores again, then the gradients of queries, keys (C each), values and attention (Cv each)."""
 
@@ -63,9 +76,12 @@ def _attention_backward(forward: Callable[..., int]) -> Callable[..., int]:
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
+    "connectivity_topk": connectivity_topk_macs,
     "region_route": region_route_macs,
     "routed_attention": routed_attention_macs,
     "routed_attention_backward": _attention_backward(routed_attention_macs),
+    "sparse_attention": sparse_attention_macs,
+    "sparse_attention_backward": _attention_backward(sparse_attention_macs),
     "window_attention": window_attention_macs,
     "window_attention_backward": _attention_backward(window_attention_macs),
 }

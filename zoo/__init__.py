@@ -2,16 +2,18 @@
 
 from timm.models import list_models
 
-from . import biformer
+from . import biformer, sparsifiner, sparsifiner_lvvit
 
-FAMILIES = {"biformer": biformer}
+FAMILIES = {"biformer": (biformer,), "sparsifiner": (sparsifiner, sparsifiner_lvvit)}
 
 
 def list_families() -> dict[str, list[str]]:
     """Names of the registered models of each family."""
     return {
-        family: [name for name in list_models(f"{family}*") if hasattr(module, name)]
-        for family, module in FAMILIES.items()
+        family: [
+            name for name in list_models(f"{family}*") if any(hasattr(module, name) for module in modules)
+        ]
+        for family, modules in FAMILIES.items()
     }
 
 
