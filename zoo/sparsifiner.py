@@ -258,14 +258,15 @@ class PruningBlock(SparseBlock):
     prunes = True
     num_kept = 0  # image tokens; set by the network
 
-    def forward(  # type: ignore[override]  # it says, too, which tokens are left
+    def forward(  # type: ignore[override]
         self, x: Tensor, tokens: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
         y, attention = self.attn.attend(self.norm1(x), tokens)
         kept = attention[:, :, 0, 1:].mean(1).topk(self.num_kept, sorted=False).indices.sort().values
         kept = F.pad(kept + 1, (1, 0))  # and the class token
+        tokens = kept if tokens is None else tokens.gather(1, kept)
         x = self.add_attention(x, y).gather(1, kept.unsqueeze(2).expand(-1, -1, x.shape[2]))
-        return self.add_mlp(x), kept if tokens is None else tokens.gather(1, kept)
+        return self.add_mlp(x), tokens
 
 
 class Sparsifiner(VisionTransformer):
@@ -279,8 +280,8 @@ class Sparsifiner(VisionTransformer):
         global_pool: `token`, `avg`, `max`, `avgmax`, ..., or empty for the tokens themselves.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: of the trunk.
         qk_scale: factor of the attention scores; default: head width ** -0.5.
-        attn_keep_rate: share of all tokens that a query attends to; one number, or one for each block. Where tokens
-            were pruned, no more than the image tokens that are left.
+        attn_keep_rate: share of all tokens that a query attends to (after pruning: at most as many as image tokens are
+            left); one number, or one for each block.
         token_pruning_loc: blocks (from 0) after whose attention tokens are pruned.
         token_keep_rate: base r of the shares that remain: r, r ** 2, r ** 3 in the second, third and last quarter of
             the blocks; or one share for each block.
@@ -289,7 +290,7 @@ class Sparsifiner(VisionTransformer):
         num_basis: number of basis rows; default: tokens // reduce_n_factor.
         share_inout_proj: the predictor compresses keys with its basis.
         basis_threshold: entries of the basis with an absolute value up to this are zero.
-        basis_coef_topk: how many coefficients a query keeps; 0 or None: those above `basis_coef_threshold`.
+        basis_coef_topk: how many coefficients a query keeps; 0: those above `basis_coef_threshold`.
         basis_coef_threshold: see `basis_coef_topk`.
         attn_score_threshold: instead of a share of the tokens, a query attends to all whose approximate attention is
             above this.
@@ -322,7 +323,7 @@ class Sparsifiner(VisionTransformer):
         num_basis: Optional[int] = None,
         share_inout_proj: bool = False,
         basis_threshold: float = 0.02,
-        basis_coef_topk: Optional[int] = 8,
+        basis_coef_topk: int = 8,
         basis_coef_threshold: float = 0.0,
         attn_score_threshold: float = 0.0,
         norm_eps: float = 1e-6,
@@ -346,7 +347,7 @@ class Sparsifiner(VisionTransformer):
         if basis_coef_topk and basis_coef_threshold > 0:
             raise ValueError(
                 "coefficients are kept by number or by threshold: "
-                f"with basis_coef_threshold {basis_coef_threshold} set basis_coef_topk=None, got {basis_coef_topk}"
+                f"with basis_coef_threshold {basis_coef_threshold} set basis_coef_topk=0, got {basis_coef_topk}"
             )
         pruning = sorted(set(token_pruning_loc))
         if pruning and not 0 <= pruning[0] <= pruning[-1] < depth:
@@ -373,13 +374,13 @@ class Sparsifiner(VisionTransformer):
         for i in range(depth):
             predictor = ConnectivityPredictor(
                 embed_dim // num_heads, num_heads, num_tokens, self.num_basis, reduce_c_factor, share_inout_proj,
-                basis_threshold, basis_coef_topk or 0, basis_coef_threshold, attn_score_threshold, **dd,
+                basis_threshold, basis_coef_topk, basis_coef_threshold, attn_score_threshold, **dd,
             )  # fmt: skip
             attn = SparseAttention(embed_dim, num_heads, predictor, qkv_bias, qk_scale, proj_drop_rate, **dd)
             block_fn = PruningBlock if i in pruning else SparseBlock
             drop_rates = (proj_drop_rate, drop_path_rates[i])
             blocks.append(block_fn(embed_dim, attn, mlp_ratio, norm_eps, *drop_rates, residual_scale, **dd))
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks: Any = nn.ModuleList(blocks)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
         ]
@@ -388,17 +389,16 @@ class Sparsifiner(VisionTransformer):
 
     def _plan(self) -> None:
         """Numbers of keys and tokens, which follow from the image's size."""
-        image_tokens = alive = self.patch_embed.num_patches
+        alive = image_tokens = self.patch_embed.num_patches
         limit = image_tokens + 1
-        block: Any
-        for block, keys, share in zip(self.blocks, self.attn_keep_rates, self.token_keep_rates, strict=True):
+        for i, block in enumerate(self.blocks):
             predictor = block.attn.predictor
-            by_number = predictor.attn_score_threshold == 0
-            predictor.num_keys = min(ceil(keys * (image_tokens + 1)), limit) if by_number else 0
+            wanted = ceil(self.attn_keep_rates[i] * (image_tokens + 1))
+            predictor.num_keys = min(wanted, limit) if predictor.attn_score_threshold == 0 else 0
             block.attn.num_pruned = image_tokens - alive
             if block.prunes:
-                # where tokens were pruned the authors' limit leaves out the class token, though it is a candidate
-                block.num_kept = limit = alive = min(ceil(share * image_tokens), alive)
+                # after pruning the authors' limit leaves out the class token, though it remains a candidate
+                limit = alive = block.num_kept = min(ceil(self.token_keep_rates[i] * image_tokens), alive)
 
     def set_input_size(
         self, img_size: Optional[Tuple[int, int]] = None, patch_size: Optional[Tuple[int, int]] = None
@@ -408,11 +408,19 @@ class Sparsifiner(VisionTransformer):
         old = self.patch_embed.grid_size
         super().set_input_size(img_size, patch_size)
         if self.patch_embed.grid_size != old:
-            block: Any
             for block in self.blocks:
                 block.attn.predictor.replace(lambda x: resize_grid(x, old, self.patch_embed.grid_size))
             self._plan()
             update_model_args(self, num_basis=self.num_basis)
+
+    def set_num_basis(self, num_basis: int) -> None:
+        """Make room for another number of basis rows, as a checkpoint of another image size has it."""
+        if num_basis != self.num_basis:
+            warnings.warn(f"from now on {num_basis} basis rows, not {self.num_basis}", stacklevel=3)
+            self.num_basis = num_basis
+            for block in self.blocks:
+                block.attn.predictor.replace(lambda x: x.new_empty(x.shape[0], num_basis))
+            update_model_args(self, num_basis=num_basis)
 
     def _embed(self, x: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to the tokens that enter the first block."""
@@ -444,7 +452,7 @@ class Sparsifiner(VisionTransformer):
                     found.append(self._restore(x, tokens))
         return self._restore(x, tokens), found
 
-    def forward_intermediates(
+    def forward_intermediates(  # type: ignore[override]
         self,
         x: Tensor,
         indices: Optional[Union[int, List[int]]] = None,
@@ -470,18 +478,17 @@ class Sparsifiner(VisionTransformer):
         x, found = self._run(self._embed(x), last + 1 if stop_early else len(self.blocks), wanted)
         if norm:
             found = [self.norm(y) for y in found]
-        prefixes = [y[:, :1] for y in found]
         maps = [y[:, 1:] for y in found]
         if output_fmt == "NCHW":
             height, width = self.patch_embed.grid_size
             maps = [y.transpose(1, 2).unflatten(2, [height, width]).contiguous() for y in maps]
         if not torch.jit.is_scripting() and return_prefix_tokens:
-            maps = list(zip(maps, prefixes, strict=True))
+            maps = [(y, z[:, :1]) for y, z in zip(maps, found, strict=True)]  # type: ignore[misc]
         if intermediates_only:
             return maps
         return self.norm(x), maps
 
-    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the mask is our own
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Images `(B, C, H, W)` to normalised tokens `(B, N, C)`, the class token first."""
         return self.norm(self._run(self._embed(x), len(self.blocks), [])[0])
 
@@ -499,7 +506,6 @@ class Sparsifiner(VisionTransformer):
         with torch.no_grad():
             x = self._embed(x)
         pairs = []
-        block: Any
         for block in self.blocks:
             x, approximation, attention = block.reconstruct(x)
             pairs.append((approximation, attention))
@@ -545,10 +551,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: Sparsifiner) -> D
             key = key.replace(old, new)
         renamed[key] = value
     predictors = {key: value for key, value in model.state_dict().items() if ".predictor." in key}
-    if not any(
-        key.endswith(".basis") for key in predictors
-    ):  # one matrix, which the authors save under two names
-        renamed = {key: value for key, value in renamed.items() if not key.endswith(".predictor.basis")}
+    for key in [key for key in renamed if key.endswith(".basis") and key not in predictors]:
+        if torch.equal(renamed[key], renamed[key.replace(".basis", ".token_down")]):
+            del renamed[key]  # one matrix, which the authors save under both names
     if not any(".predictor." in key for key in renamed):
         warnings.warn(
             "the checkpoint holds a trunk without connectivity predictors: they keep their initial values, "
@@ -557,25 +562,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: Sparsifiner) -> D
         )
         renamed |= predictors
     resample_tokens(renamed, model, (".token_down", ".basis"))
-    _adapt_num_basis(renamed, model)
+    rows = {value.shape[-1] for key, value in renamed.items() if key.endswith((".token_down", ".basis"))}
+    if len(rows) == 1 and model.free_num_basis:
+        model.set_num_basis(rows.pop())
     return check_state_dict(renamed, model)
-
-
-def _adapt_num_basis(state_dict: Dict[str, Tensor], model: Sparsifiner) -> None:
-    """Let the model take the checkpoint's number of basis rows, where none was asked for."""
-    rows = {v.shape[-1] for k, v in state_dict.items() if k.endswith((".token_down", ".basis"))}
-    if model.free_num_basis and len(rows) == 1 and rows != {model.num_basis}:
-        (num_basis,) = rows
-        warnings.warn(
-            f"the checkpoint has {num_basis} basis rows, the model {model.num_basis}: it takes those of the checkpoint "
-            f"(num_basis={num_basis} builds it so)",
-            stacklevel=4,
-        )
-        model.num_basis = num_basis
-        block: Any
-        for block in model.blocks:
-            block.attn.predictor.replace(lambda x: x.new_empty(x.shape[0], num_basis))
-        update_model_args(model, num_basis=num_basis)
 
 
 def _create_sparsifiner(variant: str, pretrained: bool = False, **kwargs: Any) -> Sparsifiner:
@@ -598,6 +588,7 @@ ADVICE = (
 
 
 def cfg(url: str = "", **kwargs: Any) -> Dict[str, Any]:
+    """What timm knows of a set of weights."""
     return {
         "url": url,
         "num_classes": 1000,

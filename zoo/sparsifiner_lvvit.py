@@ -10,6 +10,7 @@ values, the blocks' branches divided by `skip_lam`, and a second classifier on e
 of the class token, plus half of the largest of the image tokens', class by class.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional, Tuple, Union
 
@@ -74,7 +75,6 @@ class SparsifinerLVViT(Sparsifiner):
 
     def __init__(
         self,
-        *args: Any,
         stem: str = "4_2",
         skip_lam: float = 2.0,
         mlp_ratio: float = 3.0,
@@ -87,7 +87,6 @@ class SparsifinerLVViT(Sparsifiner):
         if not skip_lam > 0:
             raise ValueError(f"skip_lam must be positive, got {skip_lam}")
         super().__init__(
-            *args,
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             norm_eps=norm_eps,
@@ -109,7 +108,7 @@ class SparsifinerLVViT(Sparsifiner):
         return layer.train(self.training)
 
     @torch.jit.ignore
-    def get_classifier(self) -> Tuple[nn.Module, nn.Module]:  # type: ignore[override]
+    def get_classifier(self) -> Tuple[nn.Module, nn.Module]:
         """The classifiers of the class token and of the image tokens."""
         return self.head, self.aux_head
 
@@ -124,7 +123,7 @@ class SparsifinerLVViT(Sparsifiner):
         """In training, return the logits of the class token and of every image token, `(B, N, num_classes)`."""
         self.distilled_training = enable
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Normalised tokens to logits, or to the classifier's input."""
         if not self.global_pool:
             return x
@@ -133,11 +132,15 @@ class SparsifinerLVViT(Sparsifiner):
             return token
         logits, auxiliary = self.head(token), self.aux_head(x[:, 1:])
         if self.distilled_training and self.training and not torch.jit.is_scripting():
-            return logits, auxiliary
+            return logits, auxiliary  # type: ignore[return-value]
         return logits + 0.5 * auxiliary.amax(1)
 
 
-_STEMS = {"4_2": ConvPatchEmbed, "4_2_128": partial(ConvPatchEmbed, width=128), "naive": PatchEmbed}
+_STEMS: dict[str, Callable[..., nn.Module]] = {
+    "4_2": ConvPatchEmbed,
+    "4_2_128": partial(ConvPatchEmbed, width=128),
+    "naive": PatchEmbed,
+}
 
 
 def _check_pool(global_pool: str) -> None:
