@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
-from ._checks import FLOATS, check_like
-from ._operator import holds_values, wide_dtype
+from ._checks import FLOATS
+from ._operator import _batched, holds_values, wide_dtype
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
 def reference(
-    coefficients: Tensor,
+    logits: Tensor,
     basis: Tensor,
     candidates: Optional[Tensor],
     num_keys: int,
@@ -27,7 +27,7 @@ def reference(
     score_threshold: float,
 ) -> Tensor:
     """The definition. Zero for `num_keys` or `num_coefficients` stands for choosing by threshold."""
-    coefficients, basis = coefficients.to(wide_dtype(coefficients)), basis.to(wide_dtype(coefficients))
+    coefficients, basis = logits.to(wide_dtype(logits)).softmax(-1), basis.to(wide_dtype(logits))
     if 0 < num_coefficients < coefficients.shape[-1]:
         values, largest = coefficients.topk(num_coefficients, -1, sorted=False)
         coefficients = torch.zeros_like(coefficients).scatter(-1, largest, values)
@@ -44,27 +44,32 @@ def reference(
 
 
 _ARGUMENTS = (
-    "Tensor coefficients, Tensor basis, Tensor? candidates, int num_keys, int num_coefficients, "
+    "Tensor logits, Tensor basis, Tensor? candidates, int num_keys, int num_coefficients, "
     "float coefficient_threshold, float basis_threshold, float score_threshold"
 )
 _lib = torch.library.Library("vitrail", "FRAGMENT")
 _lib.define(f"connectivity_topk({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _kernel(coefficients, basis, candidates, *settings):
+def _kernel(logits, basis, candidates, *settings):
     """Kernel of last resort."""
     if candidates is not None and candidates.device.type == "cpu":
         _check_candidates_in_range(candidates, basis.shape[1])
-    return reference(coefficients, basis, candidates, *settings)
+    return reference(logits, basis, candidates, *settings)
 
 
 _lib.impl("connectivity_topk", _kernel, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("vitrail::connectivity_topk", lib=_lib)
-def _fake(coefficients, basis, candidates, num_keys, *_):
+def _fake(logits, basis, candidates, num_keys, *_):
     slots = num_keys or (basis.shape[1] if candidates is None else candidates.shape[1])
-    return coefficients.new_empty((*coefficients.shape[:3], slots), dtype=torch.int64)
+    return logits.new_empty((*logits.shape[:3], slots), dtype=torch.int64)
+
+
+@torch.library.register_vmap("vitrail::connectivity_topk", lib=_lib)
+def _vmap(info, in_dims, *args):
+    return _batched(torch.ops.vitrail.connectivity_topk, info, in_dims, args, {1}, in_dims[1] is None)
 
 
 # --- the public function ----------------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ def _check_candidates_in_range(candidates: Tensor, tokens: int) -> None:
 
 
 def _check(
-    coefficients: Tensor,
+    logits: Tensor,
     basis: Tensor,
     num_keys: int,
     num_coefficients: int,
@@ -90,7 +95,7 @@ def _check(
     score_threshold: float,
     candidates: Optional[Tensor],
 ) -> None:
-    layouts = (("coefficients", coefficients, "(B, heads, queries, n)", 4), ("basis", basis, "(n, N)", 2))
+    layouts = (("logits", logits, "(B, heads, queries, n)", 4), ("basis", basis, "(n, N)", 2))
     for name, x, layout, dims in layouts:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(x).__name__}")
@@ -98,11 +103,13 @@ def _check(
             raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(x.shape)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .to()")
-    check_like("basis", basis.to(coefficients.dtype), "coefficients", coefficients)
-    if basis.shape[0] != coefficients.shape[3] or basis.shape[0] < 1:
+    if basis.device != logits.device:
         raise ValueError(
-            f"basis must have one row per coefficient, {coefficients.shape[3]} (at least 1), "
-            f"got shape {tuple(basis.shape)}"
+            f"basis is on {basis.device} but logits is on {logits.device}; move one of them with .to()"
+        )
+    if basis.shape[0] != logits.shape[3] or basis.shape[0] < 1:
+        raise ValueError(
+            f"basis must have one row per logit, {logits.shape[3]} (at least 1), got shape {tuple(basis.shape)}"
         )
     tokens = basis.shape[1]
     if candidates is not None:
@@ -110,14 +117,14 @@ def _check(
             raise TypeError(
                 f"candidates must be int32 or int64, got {candidates.dtype}; convert it with .long()"
             )
-        if candidates.device != coefficients.device:
+        if candidates.device != logits.device:
             raise ValueError(
-                f"candidates is on {candidates.device} but coefficients is on {coefficients.device}; "
+                f"candidates is on {candidates.device} but logits is on {logits.device}; "
                 "move one of them with .to()"
             )
-        if candidates.dim() != 2 or candidates.shape[0] != coefficients.shape[0]:
+        if candidates.dim() != 2 or candidates.shape[0] != logits.shape[0]:
             raise ValueError(
-                f"candidates must have shape (batch {coefficients.shape[0]}, tokens), got {tuple(candidates.shape)}"
+                f"candidates must have shape (batch {logits.shape[0]}, tokens), got {tuple(candidates.shape)}"
             )
         tokens = candidates.shape[1]
     if not 0 <= num_keys <= tokens:
@@ -147,7 +154,7 @@ def _check(
 
 
 def connectivity_topk(
-    coefficients: Tensor,
+    logits: Tensor,
     basis: Tensor,
     num_keys: int = 0,
     num_coefficients: int = 0,
@@ -158,16 +165,17 @@ def connectivity_topk(
 ) -> Tensor:
     """For every query, the keys where its mixture of basis rows is largest; what `sparse_attention` takes.
 
-    Sparsifiner, arXiv 2303.13755, section 3.2. A query's row of scores is the sum of its kept coefficients times
-    |basis|, in which entries up to `basis_threshold` are zero. Kept coefficients are not renormalised. Rows are never
-    stored together: the `queries x tokens` matrix is no part of the interface. The choice carries no gradient.
+    Sparsifiner, arXiv 2303.13755, section 3.2. A query's coefficients are the softmax of its logits. Its row of scores
+    is the sum of the kept coefficients times |basis|, in which entries up to `basis_threshold` are zero; the kept
+    coefficients are not renormalised. The matrix of these rows is no part of the interface, so none need be stored. The
+    choice carries no gradient.
 
     Keys are chosen by number even where their score is zero. Among equal scores the choice is arbitrary (the definition
     leaves it to `torch.topk`, as the authors do).
 
     Args:
-        coefficients: `(B, heads, Nq, n)`, not negative; float32, float64, bfloat16 or float16 (sums are float32,
-            float64 for float64).
+        logits: `(B, heads, Nq, n)`; float32, float64, bfloat16 or float16 (softmax and sums are float32, float64 for
+            float64). Their softmax are the coefficients.
         basis: `(n, N)`, any floating-point dtype and any strides, on the same device.
         num_keys: how many keys each query keeps; 0 to choose by `score_threshold`.
         num_coefficients: how many of the coefficients each query keeps, the largest; 0 to choose by
@@ -187,11 +195,11 @@ def connectivity_topk(
         ValueError: shapes or devices that do not fit, a number or threshold out of range, or both where one is due.
         IndexError: a candidate that names no token.
     """
-    coefficients, basis = coefficients.detach(), basis.detach()
+    logits, basis = logits.detach(), basis.detach()
     settings = (num_keys, num_coefficients, coefficient_threshold, basis_threshold, score_threshold)
     if torch.jit.is_scripting():
         return torch.ops.vitrail.connectivity_topk(
-            coefficients,
+            logits,
             basis,
             candidates,
             num_keys,
@@ -200,9 +208,9 @@ def connectivity_topk(
             basis_threshold,
             score_threshold,
         )
-    _check(coefficients, basis, *settings, candidates)
+    _check(logits, basis, *settings, candidates)
     if library.mode() == "reference":
         if candidates is not None and holds_values(candidates):
             _check_candidates_in_range(candidates, basis.shape[1])
-        return reference(coefficients, basis, candidates, *settings)
-    return torch.ops.vitrail.connectivity_topk(coefficients, basis, candidates, *settings)
+        return reference(logits, basis, candidates, *settings)
+    return torch.ops.vitrail.connectivity_topk(logits, basis, candidates, *settings)

@@ -58,11 +58,11 @@ def sparse_attention_macs(q: Shape, k: Shape, v: Shape, keys: Shape, *_: Any) ->
 
 
 def connectivity_topk_macs(
-    coefficients: Shape, basis: Shape, candidates: Any, num_keys: int, num_coefficients: int, *_: Any
+    logits: Shape, basis: Shape, candidates: Any, num_keys: int, num_coefficients: int, *_: Any
 ) -> int:
     """Each query mixes the basis rows of the coefficients it keeps (all, where a threshold chooses)."""
     tokens = basis[1] if candidates is None else candidates[1]
-    return prod(coefficients[:3]) * min(num_coefficients or basis[0], basis[0]) * tokens
+    return prod(logits[:3]) * min(num_coefficients or basis[0], basis[0]) * tokens
 
 
 def _attention_backward(forward: Callable[..., int]) -> Callable[..., int]:

@@ -103,8 +103,8 @@ class ConnectivityPredictor(nn.Module):
         """The basis, `(num_basis, tokens)`."""
         return (self.token_down if self.basis is None else self.basis).t()
 
-    def coefficients(self, q: Tensor, k: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
-        """Of the basis rows, `(B, heads, queries, num_basis)`, for queries and keys as in `forward`."""
+    def logits(self, q: Tensor, k: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
+        """Logits of the coefficients, `(B, heads, queries, num_basis)`, for queries and keys as in `forward`."""
         down = self.token_down if tokens is None else self.token_down[tokens]
         heads = [self.num_heads, k.shape[2] // self.num_heads]
         # all projections are linear, so they act on the few compressed keys: tokens stay as they are
@@ -112,7 +112,7 @@ class ConnectivityPredictor(nn.Module):
         keys = (keys + down.sum(-2)[..., None, None] * self.k_down.bias) * self.scale
         offset = (keys * self.q_down.bias).sum(-1).transpose(1, 2).unsqueeze(2)
         keys = (keys @ self.q_down.weight).permute(0, 2, 3, 1)
-        return (q.unflatten(2, heads).transpose(1, 2) @ keys + offset).softmax(-1)
+        return q.unflatten(2, heads).transpose(1, 2) @ keys + offset
 
     def forward(self, q: Tensor, k: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
         """The keys of every query, `(B, heads, queries, slots)`, -1 for an empty slot.
@@ -123,7 +123,7 @@ class ConnectivityPredictor(nn.Module):
             tokens: `(B, tokens)` which tokens of the image these are, where some were pruned.
         """
         return connectivity_topk(
-            self.coefficients(q.detach(), k.detach(), tokens),
+            self.logits(q.detach(), k.detach(), tokens),
             self.rows(),
             num_keys=self.num_keys,
             num_coefficients=self.basis_coef_topk,
@@ -198,7 +198,8 @@ class SparseAttention(nn.Module):
             attention = (queries @ keys.transpose(-2, -1)).softmax(-1)
             x = self.proj_drop(self.proj((attention @ values).transpose(1, 2).flatten(2)))
         # here all coefficients count, and the basis with its signs
-        return x, self.predictor.coefficients(q[:, 1:], k) @ self.predictor.rows(), attention[:, :, 1:]
+        approximation = self.predictor.logits(q[:, 1:], k).softmax(-1) @ self.predictor.rows()
+        return x, approximation, attention[:, :, 1:]
 
 
 # --- block, network ---------------------------------------------------------------------------------------------------
@@ -623,7 +624,7 @@ default_cfgs = generate_default_cfgs(
         "sparsifiner_small.*": cfg(),
         "sparsifiner_base.deit_in1k_init": _deit("base"),
         "sparsifiner_base.*": cfg(),
-        "sparsifiner_pico": cfg(input_size=(3, 32, 32), num_classes=10, crop_pct=1.0),
+        "sparsifiner_pico": cfg(input_size=(3, 32, 32), crop_pct=1.0),
     }
 )
 
