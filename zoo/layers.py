@@ -109,10 +109,16 @@ class StagedBackbone(nn.Module):
         """The last linear layer."""
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier; the pooling stays unless `global_pool` says otherwise."""
+    def reset_classifier(
+        self, num_classes: int, global_pool: Optional[str] = None, reset_other: bool = False
+    ) -> None:
+        """Replace the classifier; the pooling stays unless `global_pool` says otherwise.
+
+        `reset_other` removes what else the head holds, such as a norm.
+        """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        dd = get_device_dtype(self)
+        self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
@@ -165,7 +171,7 @@ class StagedBackbone(nn.Module):
         if prune_end:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
         if prune_head or prune_end:
-            self.reset_classifier(0, "")
+            self.reset_classifier(0, "", reset_other=True)
         return take_indices
 
     def forward_stem(self, x: Tensor) -> Tensor:
