@@ -4,7 +4,7 @@ Grids are channels last, `(B, H, W, C)`. Region sizes need not divide the grid: 
 then reach past it, and what lies there counts as zero tokens.
 """
 
-from typing import List
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,29 @@ def region_count(x: Tensor, region_size: List[int]) -> int:
     return ceil_div(x.shape[1], region_size[0]) * ceil_div(x.shape[2], region_size[1])
 
 
+def is_symbolic(x: Tensor) -> bool:
+    """Whether height or width of `(B, H, W, C)` are open, so that a comparison would tie a graph to its outcome."""
+    return isinstance(x.shape[1], torch.SymInt) or isinstance(x.shape[2], torch.SymInt)
+
+
+def pad_grid(x: Tensor, height: int, width: int, fill: Optional[Tensor] = None) -> Tensor:
+    """Extend `(B, H, W, C)` at the bottom and right to `(B, height, width, C)` with zeros, or with the token `fill`."""
+    b, h, w, c = x.shape
+    if torch.jit.is_scripting() or not is_symbolic(x):  # noqa: SIM102  (TorchScript reads the first as constant)
+        if h == height and w == width:
+            return x
+    if fill is None:
+        return F.pad(x, (0, 0, 0, width - w, 0, height - h))
+    x = torch.cat([x, fill.expand(b, h, width - w, c)], 2)
+    return torch.cat([x, fill.expand(b, height - h, width, c)], 1)
+
+
 def partition(x: Tensor, region_size: List[int]) -> Tensor:
     """Cut `(B, H, W, C)` into `(B, regions, tokens of a region, C)`, with zeros for what reaches past the grid."""
     b, h, w, c = x.shape
     rh, rw = region_size
     nh, nw = ceil_div(h, rh), ceil_div(w, rw)
-    if nh * rh != h or nw * rw != w:
-        x = F.pad(x, (0, 0, 0, nw * rw - w, 0, nh * rh - h))
+    x = pad_grid(x, nh * rh, nw * rw)
     return x.reshape(b, nh, rh, nw, rw, c).transpose(2, 3).reshape(b, nh * nw, rh * rw, c)
 
 
