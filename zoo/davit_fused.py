@@ -309,6 +309,7 @@ class DaViT(StagedBackbone):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = embed_dims[-1]
+        self.attn_types = tuple(attn_types)
         norm_2d = partial(get_norm_layer(norm_layer), eps=norm_eps)
         norm_cl = partial(get_norm_layer(norm_layer_cl), eps=norm_eps)
 
