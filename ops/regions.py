@@ -29,13 +29,34 @@ def is_symbolic(x: Tensor) -> bool:
 def pad_grid(x: Tensor, height: int, width: int, fill: Optional[Tensor] = None) -> Tensor:
     """Extend `(B, H, W, C)` at the bottom and right to `(B, height, width, C)` with zeros, or with the token `fill`."""
     b, h, w, c = x.shape
-    if torch.jit.is_scripting() or not is_symbolic(x):  # noqa: SIM102  (TorchScript reads the first as constant)
-        if h == height and w == width:
-            return x
+    fixed = torch.jit.is_scripting() or not is_symbolic(x)
+    if fixed and h == height and w == width:
+        return x
+    if fill is not None and fixed:
+        x = torch.cat([x, fill.expand(b, h, width - w, c)], 2)
+        return torch.cat([x, fill.expand(b, height - h, width, c)], 1)
+    x = F.pad(x, (0, 0, 0, width - w, 0, height - h))
     if fill is None:
-        return F.pad(x, (0, 0, 0, width - w, 0, height - h))
-    x = torch.cat([x, fill.expand(b, h, width - w, c)], 2)
-    return torch.cat([x, fill.expand(b, height - h, width, c)], 1)
+        return x
+    # of open sizes it is not known whether there is anything to fill, so everything may be
+    rows, columns = torch.arange(height, device=x.device) < h, torch.arange(width, device=x.device) < w
+    return torch.where((rows[:, None] & columns)[:, :, None], x, fill)
+
+
+def crop_grid(x: Tensor, height: int, width: int) -> Tensor:
+    """The top left `height` x `width` of a `(B, H, W, C)` grid."""
+    if torch.jit.is_scripting() or not is_symbolic(x):
+        return x[:, :height, :width]
+    # a slice would tie the graph to which of the sizes is the smaller
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    return x.index_select(1, rows).index_select(2, columns)
+
+
+def _laid_out(x: Tensor, shape: List[int]) -> Tensor:
+    """`x.reshape(shape)` of a transposed grid; open sizes copy always, as whether they must depends on them."""
+    if torch.jit.is_scripting() or not any(isinstance(n, torch.SymInt) for n in x.shape[1:]):
+        return x.reshape(shape)
+    return x.clone(memory_format=torch.contiguous_format).view(shape)
 
 
 def partition(x: Tensor, region_size: List[int]) -> Tensor:
@@ -44,7 +65,7 @@ def partition(x: Tensor, region_size: List[int]) -> Tensor:
     rh, rw = region_size
     nh, nw = ceil_div(h, rh), ceil_div(w, rw)
     x = pad_grid(x, nh * rh, nw * rw)
-    return x.reshape(b, nh, rh, nw, rw, c).transpose(2, 3).reshape(b, nh * nw, rh * rw, c)
+    return _laid_out(x.reshape(b, nh, rh, nw, rw, c).transpose(2, 3), [b, nh * nw, rh * rw, c])
 
 
 def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
@@ -52,10 +73,8 @@ def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
     b, _, _, c = x.shape
     rh, rw = region_size
     nh, nw = ceil_div(height, rh), ceil_div(width, rw)
-    x = x.reshape(b, nh, nw, rh, rw, c).transpose(2, 3).reshape(b, nh * rh, nw * rw, c)
-    if nh * rh != height or nw * rw != width:
-        x = x[:, :height, :width]
-    return x
+    x = _laid_out(x.reshape(b, nh, nw, rh, rw, c).transpose(2, 3), [b, nh * rh, nw * rw, c])
+    return crop_grid(x, height, width)
 
 
 def region_means(x: Tensor, region_size: List[int]) -> Tensor:

@@ -77,9 +77,7 @@ class WindowAttention(nn.Module):
         pad_value: Optional[Tensor] = None
         if self.qkv.bias is not None:
             _, pad_key, pad_value = self.qkv.bias.to(q.dtype).chunk(3)
-        x = window_attention(
-            q, k, v, self.window_size, self.num_heads, pad_key=pad_key, pad_value=pad_value
-        )
+        x = window_attention(q, k, v, self.window_size, self.num_heads, pad_key=pad_key, pad_value=pad_value)
         return self.proj(x)
 
 
@@ -295,7 +293,11 @@ class DaViT(StagedBackbone):
         if patch_size != 4:
             raise ValueError(
                 f"patch_size must be 4, got {patch_size}"
-                + (": the published code builds 2, with a norm that does not fit the map" if patch_size == 2 else "")
+                + (
+                    ": the published code builds 2, with a norm that does not fit the map"
+                    if patch_size == 2
+                    else ""
+                )
             )
         if down_kernel_size < 1 or (down_kernel_size % 2 == 0 and down_kernel_size != 2):
             raise ValueError(f"down_kernel_size must be 2 or odd, got {down_kernel_size}")
