@@ -288,7 +288,7 @@ class DaViT(StagedBackbone):
         window = to_2tuple(window_size)
         if min(window) < 1:
             raise ValueError(f"window_size must be positive, got {window_size}")
-        if not attn_types or set(attn_types) - {"spatial", "channel"}:
+        if set(attn_types) - {"spatial", "channel"}:
             raise ValueError(f"attn_types must be some of 'spatial' and 'channel', got {tuple(attn_types)}")
         if patch_size != 4:
             raise ValueError(
@@ -494,7 +494,7 @@ default_cfgs = generate_default_cfgs(
         "davit_fused_giant": _cfg(),
         "davit_fused_base_fl.msft_florence2": _tower("microsoft/Florence-2-base"),
         "davit_fused_huge_fl.msft_florence2": _tower("microsoft/Florence-2-large"),
-        "davit_fused_pico": _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
+        "davit_fused_pico": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
     }
 )
 
