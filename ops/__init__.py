@@ -4,6 +4,7 @@
 block of code.
 """
 
+from .channel_attention import channel_attention
 from .library import use_ops
 from .region_route import region_route
 from .routed_attention import routed_attention
@@ -11,4 +12,4 @@ from .window_attention import window_attention
 
 from . import flops  # isort: skip  (registers formulas of the operators above)
 
-__all__ = ["flops", "region_route", "routed_attention", "use_ops", "window_attention"]
+__all__ = ["channel_attention", "flops", "region_route", "routed_attention", "use_ops", "window_attention"]

@@ -43,6 +43,11 @@ def window_attention_macs(
     return prod(q[:3]) * prod(window_size) * (q[3] + v[3])
 
 
+def channel_attention_macs(q: Shape, k: Shape, v: Shape, num_heads: int, *_: Any) -> int:
+    """Scores and values: at each token, each channel meets all channels of its head."""
+    return prod(q[:3]) * (q[3] // num_heads) * (q[3] + v[3])
+
+
 def region_route_macs(q: Shape, k: Shape, topk: int, region_size: Shape, kv_region_size: Shape) -> int:
     """Products of all pairs of region means."""
 
@@ -63,6 +68,8 @@ def _attention_backward(forward: Callable[..., int]) -> Callable[..., int]:
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
+    "channel_attention": channel_attention_macs,
+    "channel_attention_backward": _attention_backward(channel_attention_macs),
     "region_route": region_route_macs,
     "routed_attention": routed_attention_macs,
     "routed_attention_backward": _attention_backward(routed_attention_macs),

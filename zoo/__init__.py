@@ -2,9 +2,9 @@
 
 from timm.models import list_models
 
-from . import biformer
+from . import biformer, davit_fused
 
-FAMILIES = {"biformer": biformer}
+FAMILIES = {"biformer": biformer, "davit_fused": davit_fused}
 
 
 def list_families() -> dict[str, list[str]]:
