@@ -43,6 +43,13 @@ def window_attention_macs(
     return prod(q[:3]) * prod(window_size) * (q[3] + v[3])
 
 
+def semantic_attention_macs(
+    q: Shape, k: Shape, v: Shape, own_k: Shape, own_v: Shape, window_size: Shape, patch_size: Shape, *_: Any
+) -> int:
+    """Scores and values: each semantic token meets those of its window and the tokens of its patch."""
+    return prod(q[:3]) * (prod(window_size) + prod(patch_size)) * (q[3] + v[3])
+
+
 def region_route_macs(q: Shape, k: Shape, topk: int, region_size: Shape, kv_region_size: Shape) -> int:
     """Products of all pairs of region means."""
 
@@ -66,6 +73,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "region_route": region_route_macs,
     "routed_attention": routed_attention_macs,
     "routed_attention_backward": _attention_backward(routed_attention_macs),
+    "semantic_attention": semantic_attention_macs,
+    "semantic_attention_backward": _attention_backward(semantic_attention_macs),
     "window_attention": window_attention_macs,
     "window_attention_backward": _attention_backward(window_attention_macs),
 }

@@ -1,0 +1,1 @@
+from .stvit_swin import *
