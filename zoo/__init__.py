@@ -2,9 +2,9 @@
 
 from timm.models import list_models
 
-from . import biformer
+from . import biformer, stvit
 
-FAMILIES = {"biformer": biformer}
+FAMILIES = {"biformer": biformer, "stvit": stvit}
 
 
 def list_families() -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """STViT on Swin: fewer tokens inside the windows of a local vision transformer.
 
 Paper: "Making Vision Transformers Efficient from A Token Sparsification View", Chang et al., CVPR 2023,
-arXiv 2303.08685, sections 3.2 and 3.3. Published code and weights (of STViT-R): https://github.com/changsn/STViT-R (MIT).
+arXiv 2303.08685, sections 3.2 and 3.3. Published code and weights of STViT-R: https://github.com/changsn/STViT-R (MIT).
 
     image -> stem /4 -> stage 1 -> /8 -> stage 2 -> /16 -> stage 3 -> /32 -> stage 4 -> LayerNorm -> pool -> classifier
 
@@ -22,10 +22,6 @@ that is no larger than a window, in height or width, is not shifted. Semantic to
 into the number of windows that come closest to 7 x 7 tokens, by the bins of adaptive pooling.
 """
 
-import logging
-import math
-import re
-import warnings
 from collections.abc import Sequence
 from typing import Any, Optional, Tuple, Union
 
@@ -61,12 +57,11 @@ from .stvit_tokens import (
     LocalAttention,
     PatchAttention,
     SelfLayer,
-    resize_relative_table,
+    resize_grid,
     window_count,
 )
-from .weights import build_model, check_state_dict
-
-_logger = logging.getLogger(__name__)
+from .stvit_weights import swin_filter_fn as checkpoint_filter_fn
+from .weights import build_model
 
 # --- Swin's parts -----------------------------------------------------------------------------------------------------
 
@@ -77,14 +72,6 @@ def pad_image(x: Tensor, multiple: int) -> Tensor:
     h, w = x.shape[2], x.shape[3]
     pad_h, pad_w = ceil_div(h, multiple) * multiple - h, ceil_div(w, multiple) * multiple - w
     return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h != 0 or pad_w != 0 else x
-
-
-@register_notrace_function
-def resize_grid(x: Tensor, height: int, width: int) -> Tensor:
-    """A table with an entry per position, `(1, H, W, C)`, for another grid; as it is where that is its own."""
-    if x.shape[1] == height and x.shape[2] == width:
-        return x
-    return F.interpolate(x.permute(0, 3, 1, 2), [height, width], mode="bicubic").permute(0, 2, 3, 1)
 
 
 class Stem(nn.Module):
@@ -295,7 +282,7 @@ class STViTSwin(StagedBackbone):
         sample_window_size: int = 3,
         semantic_stage: int = 2,
         recover: bool = True,
-        image_blocks: int = 2,
+        image_blocks: int = 4,
         conv_stem: bool = True,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
@@ -340,10 +327,7 @@ class STViTSwin(StagedBackbone):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
-        self.window_size = window_size
         self.semantic_stage = semantic_stage
-        self.recover = recover
-        self.image_blocks = image_blocks
         check_image(torch.empty(0, in_chans, *to_2tuple(img_size), device="meta"), in_chans, 1, 1)
 
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -422,18 +406,28 @@ class STViTSwin(StagedBackbone):
             if not recover:
                 blocks = [swin_block(semantic_stage, j, j % 2 == 1) for j in range(image_blocks)]
                 blocks.append(semantic_tokens(image_blocks, use_global))
-                return blocks + [
-                    semantic_layer(j, (j - image_blocks) % 2 == 0) for j in range(image_blocks + 2, depth)
-                ]
+                after = range(image_blocks + 2, depth)
+                return blocks + [semantic_layer(j, (j - image_blocks) % 2 == 0) for j in after]
             blocks = []
             for j in range(0, depth, ROUND):
                 layers = [semantic_layer(j + 3, True), semantic_layer(j + 4, False)]
                 generation = semantic_tokens(j + 1, use_global and j == 0)
-                blocks += [
-                    swin_block(semantic_stage, j, False),
-                    DumbbellUnit(generation, layers, cross_layer(j + 5)),
-                ]
+                unit = DumbbellUnit(generation, layers, cross_layer(j + 5))
+                blocks += [swin_block(semantic_stage, j, False), unit]
             return blocks
+
+        # where the layers of Swin's stage are in ours
+        if recover:
+            unit_parts = ("generation.layer1", "generation.layer2", "layers.0", "layers.1", "recovery")
+            self.places = [
+                place
+                for r in range(depth // ROUND)
+                for place in (f"{2 * r}", *(f"{2 * r + 1}.{x}" for x in unit_parts))
+            ]
+        else:
+            after = range(image_blocks + 1, depth - 1)
+            generation = (f"{image_blocks}.layer1", f"{image_blocks}.layer2")
+            self.places = [*map(str, range(image_blocks)), *generation, *map(str, after)]
 
         self.stem = Stem(in_chans, embed_dim, patch_size, grids[0], conv_stem, ape, pos_drop_rate, **dd)
         stages = []
@@ -475,118 +469,7 @@ class STViTSwin(StagedBackbone):
         }
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-# names in Swin's checkpoints and in those of STViT-R, by pattern; order matters
-_RENAMES = (
-    (r"^patch_embed\.proj\.0\.c\.", "stem.proj.0."),
-    (r"^patch_embed\.proj\.0\.bn\.", "stem.proj.1."),
-    (r"^patch_embed\.proj\.2\.c\.", "stem.proj.3."),
-    (r"^patch_embed\.proj\.2\.bn\.", "stem.proj.4."),
-    (r"^patch_embed\.proj\.", "stem.proj.0."),
-    (r"^patch_embed\.norm\.", "stem.proj.1."),
-    (r"^absolute_pos_embed$", "stem.pos_embed"),
-    (r"^layers\.", "stages."),
-    (r"\.semantic_token2$", ".blocks.1.generation.centers"),
-    (r"\.conv_pos\.proj\.0\.", ".conv_pos.proj."),
-    (r"\.relative_position_bias_table$", ".rel_pos.relative_position_bias_table"),
-    (r"\.layer_scale_([12])$", r".ls\1.gamma"),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-_UNIT = ("generation.layer1", "generation.layer2", "layers.0", "layers.1", "recovery")
-
-
-def _place(index: int, model: STViTSwin) -> str:
-    """Where our network holds layer `index` of the semantic stage."""
-    if model.recover:
-        unit, part = divmod(index, ROUND)
-        return f"{2 * unit}" if part == 0 else f"{2 * unit + 1}.{_UNIT[part - 1]}"
-    after = index - model.image_blocks
-    return (
-        f"{index}" if after < 0 else f"{model.image_blocks}.layer{after + 1}" if after < 2 else f"{index - 1}"
-    )
-
-
-def _convert_names(state_dict: dict[str, Tensor], model: STViTSwin) -> dict[str, Tensor]:
-    """The authors' names, and Swin's as published or as timm has them, to ours."""
-    # timm counts merging to the stage that it leads into, as we do, the others to the stage before
-    before = "layers.0.downsample.norm.weight" in state_dict
-    out = {}
-    for key, value in state_dict.items():
-        if key.endswith(("relative_position_index", "attn_mask")):
-            continue
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        if before:
-            key = re.sub(r"^stages\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", key)
-        stage = f"stages.{model.semantic_stage}.blocks."
-        if not key.endswith(".centers"):
-            key = re.sub(rf"^{re.escape(stage)}(\d+)", lambda m: stage + _place(int(m[1]), model), key)
-        out[key] = value
-    return out
-
-
-def _start_from_swin(state_dict: dict[str, Tensor], model: STViTSwin) -> dict[str, Tensor]:
-    """Swin's layers where semantic tokens are now: projections taken apart; what is new stays as it was initialised."""
-    own = model.state_dict()
-    out, taken_apart = {}, False
-    for key, value in state_dict.items():
-        prefix, _, part = key.rpartition(".attn.qkv.")
-        if prefix and key not in own and f"{prefix}.attn.q.{part}" in own:
-            taken_apart = True
-            dim = value.shape[0] // 3
-            out[f"{prefix}.attn.q.{part}"], out[f"{prefix}.attn.kv.{part}"] = value[:dim], value[dim:]
-        else:
-            out[key] = value
-    if not taken_apart:
-        return state_dict
-    dropped = [key for key in out if key.endswith("bias_table") and key not in own]
-    new = [key for key in own if key not in out and not key.startswith(("stem.", "head."))]
-    warnings.warn(
-        f"a Swin checkpoint is where {type(model).__name__} starts from, not a trained one: train it further. "
-        f"{len(dropped)} tables of positions between tokens that are now semantic are left out, and "
-        f"{len(new)} new parameters stay as initialised{': ' if new else ''}{', '.join(new[:3])}",
-        stacklevel=2,
-    )
-    return {key: value for key, value in out.items() if key not in dropped} | {key: own[key] for key in new}
-
-
-def _fit_table(key: str, table: Tensor, wanted: Tensor, window: Optional[Tuple[int, int]]) -> Tensor:
-    """A table of positions at the size that the model was built for; the source belongs to a square map."""
-    if table.shape == wanted.shape or table.shape[-1] != wanted.shape[-1]:
-        return table
-    if window is not None:
-        side = math.isqrt(table.shape[0])
-        if side * side == table.shape[0]:
-            source = ((side + 1) // 2, (side + 1) // 2)
-            _logger.info("%s: resampled from windows of %s to %s", key, source, window)
-            return resize_relative_table(table, source, window)
-    elif table.dim() == 3 and math.isqrt(table.shape[1]) ** 2 == table.shape[1]:
-        side = math.isqrt(table.shape[1])
-        _logger.info("%s: resampled from %s to %s", key, (side, side), tuple(wanted.shape[1:3]))
-        return resize_grid(table.reshape(1, side, side, -1), wanted.shape[1], wanted.shape[2])
-    return table
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: STViTSwin) -> dict[str, Tensor]:
-    """Turn the authors' layout, or Swin's to start from, into ours; ours passes through. Refuses what does not fit.
-
-    Tables of positions and centres of another image or window size are resampled.
-    """
-    if any(key.startswith(("layers.", "patch_embed.")) for key in state_dict):
-        state_dict = _start_from_swin(_convert_names(state_dict, model), model)
-    own = model.state_dict()
-    windows = {
-        f"{n}.relative_position_bias_table": m.window_size
-        for n, m in model.named_modules()
-        if isinstance(m, RelPosBias)
-    }
-    tables = {key for key in own if key in windows or key == "stem.pos_embed" or key.endswith(".centers")}
-    fitted = {
-        key: _fit_table(key, value, own[key], windows.get(key)) if key in tables else value
-        for key, value in state_dict.items()
-    }
-    return check_state_dict(fitted, model)
+# --- variants ---------------------------------------------------------------------------------------------------------
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> STViTSwin:
@@ -681,21 +564,21 @@ def stvit_swin_pico(pretrained: bool = False, **kwargs: Any) -> STViTSwin:
 @register_model
 def stvit_swin_tiny(pretrained: bool = False, **kwargs: Any) -> STViTSwin:
     """STViT-Swin-T, after section 3.2 of the paper."""
-    model_args = dict(_STVIT, depths=(2, 2, 6, 2), image_blocks=2)
+    model_args = dict(_STVIT, depths=(2, 2, 6, 2), image_blocks=4)
     return _create("stvit_swin_tiny", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def stvit_swin_small(pretrained: bool = False, **kwargs: Any) -> STViTSwin:
     """STViT-Swin-S, after section 3.2 of the paper."""
-    model_args = dict(_STVIT, depths=(2, 2, 18, 2), image_blocks=8)
+    model_args = dict(_STVIT, depths=(2, 2, 18, 2), image_blocks=12)
     return _create("stvit_swin_small", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def stvit_swin_base(pretrained: bool = False, **kwargs: Any) -> STViTSwin:
     """STViT-Swin-B, after section 3.2 of the paper."""
-    model_args = dict(_STVIT, depths=(2, 2, 18, 2), image_blocks=8, embed_dim=128, num_heads=(4, 8, 16, 32))
+    model_args = dict(_STVIT, depths=(2, 2, 18, 2), image_blocks=12, embed_dim=128, num_heads=(4, 8, 16, 32))
     return _create("stvit_swin_base", pretrained, **dict(model_args, **kwargs))
 
 

@@ -158,6 +158,14 @@ def _relative_position(
 
 
 @register_notrace_function
+def resize_grid(x: Tensor, height: int, width: int) -> Tensor:
+    """A table with an entry per position, `(1, H, W, C)`, for another grid, bicubic; as it is where that is its own."""
+    if x.shape[1] == height and x.shape[2] == width:
+        return x
+    return F.interpolate(x.permute(0, 3, 1, 2), [height, width], mode="bicubic").permute(0, 2, 3, 1)
+
+
+@register_notrace_function
 def resize_relative_table(table: Tensor, size: Tuple[int, int], new: Tuple[int, int]) -> Tensor:
     """A table of relative positions `((2 H - 1) (2 W - 1), heads)` for windows of another size, bicubic."""
     table = table.t().reshape(1, table.shape[1], 2 * size[0] - 1, 2 * size[1] - 1)
