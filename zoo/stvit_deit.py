@@ -22,47 +22,24 @@ from typing import Any, List, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm, PatchEmbed, calculate_drop_path_rates, to_2tuple
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_function
+from timm.layers import LayerNorm, PatchEmbed, calculate_drop_path_rates
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..ops.regions import ceil_div
+from .layers import check_img_size, check_patches
 from .stvit_tokens import CrossAttention, CrossLayer, max_pool_bins
 from .stvit_weights import deit_filter_fn as checkpoint_filter_fn
 from .weights import build_model
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-@register_notrace_function  # it branches on sizes, which torch.fx cannot follow
-def check_fixed_size(x: Tensor, in_chans: int, height: int, width: int) -> None:
-    """Refuse images of any other size than the network was built for."""
-    if x.dim() != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"expected images of shape (batch, {in_chans}, height, width), got {list(x.shape)}")
-    if x.shape[2] != height or x.shape[3] != width:
-        raise ValueError(
-            f"this network is made for images of {height} x {width} pixels, got {x.shape[2]} x {x.shape[3]}; resize "
-            f"them, or build it with another img_size, or call set_input_size (both sides multiples of the patch)"
-        )
-
-
-def check_multiple(img_size: Tuple[int, int], patch_size: Tuple[int, int]) -> None:
-    """Refuse sizes that patches do not divide, and name the nearest that they do."""
-    if any(side < patch or side % patch for side, patch in zip(img_size, patch_size, strict=True)):
-        near = [max((s + p // 2) // p, 1) * p for s, p in zip(img_size, patch_size, strict=True)]
-        raise ValueError(
-            f"img_size must be multiples of the patch size {patch_size[0]} x {patch_size[1]}, "
-            f"got {img_size[0]} x {img_size[1]}; the nearest is {near[0]} x {near[1]}"
-        )
 
 
 class FixedPatchEmbed(PatchEmbed):
     """timm's patch embedding with an error that says what to do about images of another size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        check_fixed_size(x, self.proj.in_channels, self.img_size[0], self.img_size[1])
+        check_img_size(x, self.proj.in_channels, self.img_size[0], self.img_size[1])
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))
 
 
@@ -182,7 +159,7 @@ class STViTDeiT(VisionTransformer):
         dtype: Any = None,
     ):
         dd = {"device": device, "dtype": dtype}
-        check_multiple(to_2tuple(img_size), to_2tuple(patch_size))
+        check_patches(img_size, patch_size)
         if global_pool == "token" and not class_token:
             raise ValueError("global_pool 'token' needs class_token=True; the paper pools by 'avg'")
         if sample_window_size < 1:
@@ -275,10 +252,7 @@ class STViTDeiT(VisionTransformer):
         self, img_size: Optional[Tuple[int, int]] = None, patch_size: Optional[Tuple[int, int]] = None
     ) -> None:
         """Make the network fit images of another size, or patches; position table and patch weights are resampled."""
-        check_multiple(
-            to_2tuple(img_size or self.patch_embed.img_size),
-            to_2tuple(patch_size or self.patch_embed.patch_size),
-        )
+        check_patches(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
         super().set_input_size(img_size, patch_size)
         for module in self.modules():
             if isinstance(module, SemanticTokens):
@@ -342,7 +316,7 @@ class STViTDeiT(VisionTransformer):
         height, width = (s, s) if self._is_semantic(index) else self.patch_embed.grid_size
         return tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous()
 
-    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]  (no masks: see forward_intermediates)
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Images `(B, C, H, W)` to the last, normalised tokens."""
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():
