@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..ops.regions import ceil_div
 from .layers import check_img_size, check_patches
 from .stvit_tokens import CrossAttention, CrossLayer, max_pool_bins
+from .stvit_weights import ADVICE
 from .stvit_weights import deit_filter_fn as checkpoint_filter_fn
 from .weights import build_model
 
@@ -293,7 +294,7 @@ class STViTDeiT(VisionTransformer):
         if attn_mask is not None or is_causal:
             raise ValueError("semantic tokens have no order or mask: attn_mask and is_causal cannot be used")
         assert output_fmt in ("NCHW", "NLC"), "Output format must be one of NCHW or NLC."
-        found = super().forward_intermediates(
+        found: Any = super().forward_intermediates(
             x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only, output_dict
         )
         if output_fmt == "NLC":
@@ -340,6 +341,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> STViTDeiT:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
+        advice=ADVICE.format(tag="stvit_deit_small.deit_in1k_init"),
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
@@ -375,17 +377,18 @@ def _deit_cfg(size: str) -> dict[str, Any]:
     )
 
 
+# the star makes a tag without weights the default: pretrained=True must not pass off DeiT for STViT
 default_cfgs = generate_default_cfgs(
     {
-        "stvit_deit_pico.untrained": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-        "stvit_deit_tiny.untrained*": _cfg(),
+        "stvit_deit_pico": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
         "stvit_deit_tiny.deit_in1k_init": _deit_cfg("tiny"),
-        "stvit_deit_small.untrained*": _cfg(),
+        "stvit_deit_tiny.*": _cfg(),
         "stvit_deit_small.deit_in1k_init": _deit_cfg("small"),
-        "stvit_deit_base.untrained*": _cfg(),
+        "stvit_deit_small.*": _cfg(),
         "stvit_deit_base.deit_in1k_init": _deit_cfg("base"),
-        "stvit_r_deit_small.untrained*": _cfg(),
+        "stvit_deit_base.*": _cfg(),
         "stvit_r_deit_small.deit_in1k_init": _deit_cfg("small"),
+        "stvit_r_deit_small.*": _cfg(),
     }
 )
 

@@ -22,7 +22,7 @@ that is no larger than a window, in height or width, is not shifted. Semantic to
 into the number of windows that come closest to 7 x 7 tokens, by the bins of adaptive pooling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional, Tuple, Union
 
 import torch
@@ -60,6 +60,7 @@ from .stvit_tokens import (
     resize_grid,
     window_count,
 )
+from .stvit_weights import ADVICE
 from .stvit_weights import swin_filter_fn as checkpoint_filter_fn
 from .weights import build_model
 
@@ -157,7 +158,8 @@ class WindowAttention(nn.Module):
         size = self.window_size
         h, w = min(size, x.shape[1]), min(size, x.shape[2])
         shift = size // 2 if self.shifted and x.shape[1] > size and x.shape[2] > size else 0
-        index = self.rel_pos.relative_position_index.view(size, size, size, size)[:h, :w, :h, :w]
+        index = self.rel_pos.relative_position_index.view(size, size, size, size)  # type: ignore[operator]
+        index = index[:h, :w, :h, :w]
         bias = self.rel_pos.relative_position_bias_table[index.reshape(-1)]
         bias = bias.view(h * w, h * w, self.num_heads).permute(2, 0, 1)
         q, k, v = self.qkv(x).chunk(3, -1)
@@ -205,6 +207,8 @@ class SemanticTokens(nn.Module):
         self.layer1 = layer1
         self.layer2 = layer2
         self.centers = centers
+        if centers is not None:
+            trunc_normal_(centers, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         s = self.layer1(x)
@@ -246,7 +250,7 @@ class STViTSwin(StagedBackbone):
         embed_dim: width of the first stage; doubles with each.
         depths: layers of each stage. With `recover`, the semantic stage has a multiple of 6.
         num_heads: heads of each stage.
-        window_size: tokens per side of an image window.
+        window_size: tokens per side of an image window; at most those of the map, as `img_size` makes it.
         sample_window_size: semantic tokens per side of a window.
         semantic_stage: index of the stage with semantic tokens.
         recover: STViT-R: semantic tokens give back what they have learned, and the full map goes on.
@@ -343,91 +347,63 @@ class STViTSwin(StagedBackbone):
             windows.append(sample_window_size if made else windows[-1])
         tokens = tuple(window_count(x, window_size) * sample_window_size for x in grids[semantic_stage])
 
-        def layer_args(i: int, j: int) -> dict[str, Any]:
-            return {"mlp_ratio": mlp_ratio, "proj_drop": proj_drop_rate, "drop_path": rates[i][j], **dd}
+        at = semantic_stage
 
-        def attn_args(i: int) -> dict[str, Any]:
-            return {
-                "dim": dims[i],
-                "num_heads": num_heads[i],
-                "qkv_bias": qkv_bias,
-                "proj_drop": proj_drop_rate,
-                **dd,
-            }
+        def attention(cls: Callable[..., Any], i: int, **options: Any) -> Any:
+            return cls(dims[i], num_heads[i], qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **options, **dd)
+
+        def layer(cls: Callable[..., Any], i: int, j: int, attn: nn.Module, **options: Any) -> Any:
+            common = {"mlp_ratio": mlp_ratio, "init_values": init_values, "proj_drop": proj_drop_rate, **dd}
+            return cls(dims[i], attn, drop_path=rates[i][j], **{**common, **options})
 
         def swin_block(i: int, j: int, shifted: bool) -> nn.Module:
-            semantic = i == semantic_stage  # there the published code passes neither option on
-            window = min(windows[i], *grids[i])
-            attn = WindowAttention(
-                window_size=window, shifted=shifted, qk_scale=None if semantic else qk_scale, **attn_args(i)
-            )
-            return SelfLayer(
-                dims[i],
-                attn,
-                init_values=1e-5 if use_layer_scale and not semantic else None,
-                **layer_args(i, j),
-            )
+            # in the semantic stage the published code passes on neither scale nor layer scale
+            scale, init = (None, None) if i == at else (qk_scale, 1e-5 if use_layer_scale else None)
+            options = {"window_size": min(windows[i], *grids[i]), "shifted": shifted, "qk_scale": scale}
+            return layer(SelfLayer, i, j, attention(WindowAttention, i, **options), init_values=init)
 
         def cross_layer(j: int) -> CrossLayer:
-            i = semantic_stage
-            return CrossLayer(
-                dims[i], CrossAttention(**attn_args(i)), init_values=init_values, **layer_args(i, j)
-            )
+            return layer(CrossLayer, at, j, attention(CrossAttention, at))
 
-        def semantic_tokens(j: int, centers: bool) -> nn.Module:
-            i = semantic_stage
+        def semantic_tokens(j: int, with_centers: bool) -> SemanticTokens:
             patch = ceil_div(10 * window_size, 7)  # 10 for windows of 7, as published
-            layer1 = CenterLayer(
-                dims[i],
-                PatchAttention(window_size=sample_window_size, patch_size=patch, **attn_args(i)),
-                window_size,
-                use_conv_pos,
-                shortcut,
-                init_values=init_values,
-                **layer_args(i, j),
-            )
-            table = (
-                nn.Parameter(trunc_normal_(torch.empty(1, *tokens, dims[i], **dd), std=0.02))
-                if centers
-                else None
-            )
-            return SemanticTokens(layer1, cross_layer(j + 1), table)
+            attn = attention(PatchAttention, at, window_size=sample_window_size, patch_size=patch)
+            options = {"image_window": window_size, "use_conv_pos": use_conv_pos, "shortcut": shortcut}
+            centers = nn.Parameter(torch.empty(1, *tokens, dims[at], **dd)) if with_centers else None
+            return SemanticTokens(layer(CenterLayer, at, j, attn, **options), cross_layer(j + 1), centers)
 
         def semantic_layer(j: int, local: bool) -> nn.Module:
-            i = semantic_stage
-            attn = (
-                LocalAttention(window_size=sample_window_size, relative_pos=relative_pos, **attn_args(i))
-                if local
-                else GlobalAttention(grid_size=tokens, relative_pos=relative_pos, **attn_args(i))
-            )
-            return SelfLayer(dims[i], attn, init_values=init_values, **layer_args(i, j))
+            options = {"window_size": sample_window_size} if local else {"grid_size": tokens}
+            cls = LocalAttention if local else GlobalAttention
+            return layer(SelfLayer, at, j, attention(cls, at, relative_pos=relative_pos, **options))
 
-        def semantic_stage_blocks() -> list[nn.Module]:
+        def semantic_blocks() -> list[nn.Module]:
             if not recover:
-                blocks = [swin_block(semantic_stage, j, j % 2 == 1) for j in range(image_blocks)]
+                blocks = [swin_block(at, j, j % 2 == 1) for j in range(image_blocks)]
                 blocks.append(semantic_tokens(image_blocks, use_global))
                 after = range(image_blocks + 2, depth)
                 return blocks + [semantic_layer(j, (j - image_blocks) % 2 == 0) for j in after]
             blocks = []
             for j in range(0, depth, ROUND):
-                layers = [semantic_layer(j + 3, True), semantic_layer(j + 4, False)]
+                layers = [semantic_layer(j + 3, local=True), semantic_layer(j + 4, local=False)]
                 generation = semantic_tokens(j + 1, use_global and j == 0)
                 unit = DumbbellUnit(generation, layers, cross_layer(j + 5))
-                blocks += [swin_block(semantic_stage, j, False), unit]
+                blocks += [swin_block(at, j, shifted=False), unit]
             return blocks
 
         # where the layers of Swin's stage are in ours
         if recover:
-            unit_parts = ("generation.layer1", "generation.layer2", "layers.0", "layers.1", "recovery")
-            self.places = [
-                place
-                for r in range(depth // ROUND)
-                for place in (f"{2 * r}", *(f"{2 * r + 1}.{x}" for x in unit_parts))
-            ]
+            unit = ("generation.layer1", "generation.layer2", "layers.0", "layers.1", "recovery")
+            rounds = ((f"{2 * r}", *(f"{2 * r + 1}.{x}" for x in unit)) for r in range(depth // ROUND))
+            self.places = [place for layers in rounds for place in layers]
         else:
-            after = range(image_blocks + 1, depth - 1)
+            places = range(depth - 1)
             generation = (f"{image_blocks}.layer1", f"{image_blocks}.layer2")
-            self.places = [*map(str, range(image_blocks)), *generation, *map(str, after)]
+            self.places = [
+                *map(str, places[:image_blocks]),
+                *generation,
+                *map(str, places[image_blocks + 1 :]),
+            ]
 
         self.stem = Stem(in_chans, embed_dim, patch_size, grids[0], conv_stem, ape, pos_drop_rate, **dd)
         stages = []
@@ -435,13 +411,11 @@ class STViTSwin(StagedBackbone):
         for i in range(len(depths)):
             downsample = PatchMerging(dims[i - 1], **dd) if i else nn.Identity()
             blocks = (
-                semantic_stage_blocks()
-                if i == semantic_stage
-                else [swin_block(i, j, j % 2 == 1) for j in range(depths[i])]
+                semantic_blocks() if i == at else [swin_block(i, j, j % 2 == 1) for j in range(depths[i])]
             )
             stages.append(Stage(downsample, blocks))
             reduction = patch_size * 2**i
-            if not recover and i >= semantic_stage:
+            if not recover and i >= at:
                 reduction = reduction * window_size // sample_window_size
             self.feature_info.append({"num_chs": dims[i], "reduction": reduction, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
@@ -462,11 +436,8 @@ class STViTSwin(StagedBackbone):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: the tables of positions, as in the published code."""
-        return {
-            n
-            for n, _ in self.named_parameters()
-            if "relative_position_bias_table" in n or n == "stem.pos_embed"
-        }
+        tables = ("relative_position_bias_table", "stem.pos_embed")
+        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
 
 
 # --- variants ---------------------------------------------------------------------------------------------------------
@@ -479,6 +450,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> STViTSwin:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
+        advice=ADVICE.format(tag="stvit_swin_small.swin_in1k_init"),
         feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
         **kwargs,
     )
@@ -517,18 +489,19 @@ def _released_cfg(file: str) -> dict[str, Any]:
     return _cfg(hf_hub_id="csncsn/STViT-R", hf_hub_filename=file)
 
 
-_PICO = {"input_size": (3, 32, 32), "crop_pct": 1.0, "num_classes": 1000}
+_PICO = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+# the star makes a tag without weights the default: pretrained=True must not pass off Swin for STViT
 default_cfgs = generate_default_cfgs(
     {
-        "stvit_swin_pico.untrained": _cfg(pool_size=(2, 2), **_PICO),
-        "stvit_swin_tiny.untrained*": _cfg(pool_size=(4, 4)),
+        "stvit_swin_pico": _cfg(pool_size=(2, 2), **_PICO),
         "stvit_swin_tiny.swin_in1k_init": _swin_cfg("tiny"),
-        "stvit_swin_small.untrained*": _cfg(pool_size=(4, 4)),
+        "stvit_swin_tiny.*": _cfg(pool_size=(4, 4)),
         "stvit_swin_small.swin_in1k_init": _swin_cfg("small"),
-        "stvit_swin_base.untrained*": _cfg(pool_size=(4, 4)),
+        "stvit_swin_small.*": _cfg(pool_size=(4, 4)),
         "stvit_swin_base.swin_in1k_init": _swin_cfg("base"),
-        "stvit_r_swin_pico.untrained": _cfg(pool_size=(4, 4), **_PICO),
-        "stvit_r_swin_tiny.untrained": _cfg(),
+        "stvit_swin_base.*": _cfg(pool_size=(4, 4)),
+        "stvit_r_swin_pico": _cfg(pool_size=(4, 4), **_PICO),
+        "stvit_r_swin_tiny": _cfg(),
         "stvit_r_swin_small.in1k": _released_cfg("STViT-R-Swin-S.pth"),
         "stvit_r_swin_base.in1k": _released_cfg("STViT-R-Swin-B.pth"),
     }

@@ -54,8 +54,8 @@ def window_count(size: int, window: int) -> int:
 # --- attention of tokens to other tokens ------------------------------------------------------------------------------
 
 
-class CrossAttention(nn.Module):
-    """Each of some tokens attends to all of others."""
+class TokenAttention(nn.Module):
+    """What the attentions below have in common: their projections, and attention of every token to every other."""
 
     def __init__(
         self,
@@ -83,12 +83,16 @@ class CrossAttention(nn.Module):
         x = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=bias)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
+
+class CrossAttention(TokenAttention):
+    """Each of some tokens attends to all of others, `(B, N, C)` and `(B, M, C)` to `(B, N, C)`."""
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.attend(x, y)
 
 
 @register_notrace_module  # like those below it computes with sizes, which torch.fx cannot follow
-class PatchAttention(CrossAttention):
+class PatchAttention(TokenAttention):
     """The centres of a window attend to one another and to a patch of the image around the window (section 3.2)."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, patch_size: int, **kwargs: Any):
@@ -107,7 +111,7 @@ class PatchAttention(CrossAttention):
 
 
 @register_notrace_module
-class LocalAttention(CrossAttention):
+class LocalAttention(TokenAttention):
     """Each semantic token attends to those of its window, `(B, H, W, C)` to the same."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, relative_pos: bool = False, **kwargs: Any):
@@ -125,7 +129,7 @@ class LocalAttention(CrossAttention):
 
 
 @register_notrace_module
-class GlobalAttention(CrossAttention):
+class GlobalAttention(TokenAttention):
     """Each semantic token attends to all others, `(B, H, W, C)` to the same.
 
     A table of relative positions is made for a grid of `grid_size`, and resampled for another.

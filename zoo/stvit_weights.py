@@ -3,7 +3,6 @@
 A network with semantic tokens lists in `places` which of its layers stands where its trunk has layer 0, 1, 2, ...
 """
 
-import logging
 import math
 import re
 import warnings
@@ -15,7 +14,11 @@ from torch import Tensor
 from .stvit_tokens import resize_grid, resize_relative_table
 from .weights import check_state_dict
 
-_logger = logging.getLogger(__name__)
+ADVICE = (
+    "the authors released stvit_r_swin_small and stvit_r_swin_base alone. Start from the trunk's weights where a tag "
+    "names them, e.g. timm.create_model('{tag}', pretrained=True), and train; or pass a file of your own: "
+    "pretrained_cfg_overlay=dict(file=...)"
+)
 
 
 def _take_apart(state_dict: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +103,9 @@ def _fit_table(key: str, table: Tensor, wanted: Tensor, window: Optional[Tuple[i
         fitted = resize_relative_table(table, (side, side), window)
     else:
         fitted = resize_grid(table.reshape(1, side, side, -1), wanted.shape[1], wanted.shape[2])
-    _logger.info("%s: resampled from %d x %d to %s", key, side, side, window or tuple(wanted.shape[1:3]))
+    height, width = window or wanted.shape[1:3]
+    if (side, side) != (height, width):
+        warnings.warn(f"{key} is resampled from {side} x {side} to {height} x {width}", stacklevel=4)
     return fitted
 
 
@@ -161,5 +166,7 @@ def deit_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tenso
         if table.shape != own["pos_embed"].shape and side * side == table.shape[1] - prefix:
             grid = list(model.patch_embed.grid_size)
             state_dict["pos_embed"] = resample_abs_pos_embed(table, grid, [side, side], prefix)
-            _logger.info("pos_embed: resampled from %d x %d to %d x %d", side, side, *grid)
+            warnings.warn(
+                f"pos_embed is resampled from {side} x {side} to {grid[0]} x {grid[1]}", stacklevel=3
+            )
     return check_state_dict(state_dict, model)
