@@ -8,8 +8,17 @@ from .channel_attention import channel_attention
 from .library import use_ops
 from .region_route import region_route
 from .routed_attention import routed_attention
+from .semantic_attention import semantic_attention
 from .window_attention import window_attention
 
 from . import flops  # isort: skip  (registers formulas of the operators above)
 
-__all__ = ["channel_attention", "flops", "region_route", "routed_attention", "use_ops", "window_attention"]
+__all__ = [
+    "channel_attention",
+    "flops",
+    "region_route",
+    "routed_attention",
+    "semantic_attention",
+    "use_ops",
+    "window_attention",
+]

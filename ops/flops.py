@@ -48,6 +48,13 @@ def channel_attention_macs(q: Shape, k: Shape, v: Shape, num_heads: int, *_: Any
     return prod(q[:3]) * (q[3] // num_heads) * (q[3] + v[3])
 
 
+def semantic_attention_macs(
+    q: Shape, k: Shape, v: Shape, own_k: Shape, own_v: Shape, window_size: Shape, patch_size: Shape, *_: Any
+) -> int:
+    """Scores and values: each semantic token meets those of its window and the tokens of its patch."""
+    return prod(q[:3]) * (prod(window_size) + prod(patch_size)) * (q[3] + v[3])
+
+
 def region_route_macs(q: Shape, k: Shape, topk: int, region_size: Shape, kv_region_size: Shape) -> int:
     """Products of all pairs of region means."""
 
@@ -73,6 +80,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "region_route": region_route_macs,
     "routed_attention": routed_attention_macs,
     "routed_attention_backward": _attention_backward(routed_attention_macs),
+    "semantic_attention": semantic_attention_macs,
+    "semantic_attention_backward": _attention_backward(semantic_attention_macs),
     "window_attention": window_attention_macs,
     "window_attention_backward": _attention_backward(window_attention_macs),
 }

@@ -136,15 +136,21 @@ def build_model(
     pretrained: bool,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    advice: str = "",
     **kwargs: Any,
 ) -> Any:
-    """timm's `build_model_with_cfg`, with checkpoints read by `read_checkpoint` wherever they come from."""
+    """timm's `build_model_with_cfg`, with checkpoints read by `read_checkpoint` wherever they come from.
+
+    `advice` is what to do where `pretrained` is asked for and no weights are known.
+    """
     if pretrained:
         overlay = dict(pretrained_cfg_overlay or {})
         cfg = pretrained_cfg if pretrained_cfg is not None else get_pretrained_cfg(variant)
         if not isinstance(cfg, dict):
             cfg = {} if cfg is None else cfg.to_dict()
         source = {**cfg, **overlay}
+        if not any(source.get(key) for key in ("state_dict", "file", "url", "hf_hub_id")):
+            raise CheckpointError(f"there are no weights for {variant} to load" + (advice and f": {advice}"))
         if not source.get("state_dict") and source.get("source") not in ("hf-hub", "local-dir"):
             if source.get("file"):
                 overlay["state_dict"] = read_checkpoint(source["file"])
