@@ -43,6 +43,16 @@ def window_attention_macs(
     return prod(q[:3]) * prod(window_size) * (q[3] + v[3])
 
 
+def strip_mix_macs(x: Shape, weight: Shape, *_: Any) -> int:
+    """Each value of the grid is a sum over three strips."""
+    return prod(x) * 3 * weight[2]
+
+
+def strip_mix_backward_macs(grad: Shape, x: Shape, weight: Shape, *_: Any) -> int:
+    """The gradients of grid and weight are as large as the forward pass, which is not repeated."""
+    return 2 * strip_mix_macs(x, weight)
+
+
 def region_route_macs(q: Shape, k: Shape, topk: int, region_size: Shape, kv_region_size: Shape) -> int:
     """Products of all pairs of region means."""
 
@@ -66,6 +76,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "region_route": region_route_macs,
     "routed_attention": routed_attention_macs,
     "routed_attention_backward": _attention_backward(routed_attention_macs),
+    "strip_mix": strip_mix_macs,
+    "strip_mix_backward": strip_mix_backward_macs,
     "window_attention": window_attention_macs,
     "window_attention_backward": _attention_backward(window_attention_macs),
 }
