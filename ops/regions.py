@@ -21,9 +21,26 @@ def region_count(x: Tensor, region_size: List[int]) -> int:
     return ceil_div(x.shape[1], region_size[0]) * ceil_div(x.shape[2], region_size[1])
 
 
+def crop_grid(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left `(B, height, width, C)` of a grid."""
+    if torch.jit.is_scripting() or not is_symbolic(x):  # noqa: SIM102  (TorchScript reads the first as constant)
+        if x.shape[1] == height and x.shape[2] == width:
+            return x
+    return x[:, :height, :width]
+
+
+@torch.jit.unused
 def is_symbolic(x: Tensor) -> bool:
-    """Whether height or width of `(B, H, W, C)` are open, so that a comparison would tie a graph to its outcome."""
-    return isinstance(x.shape[1], torch.SymInt) or isinstance(x.shape[2], torch.SymInt)
+    """Whether sizes of a tensor are open: then a comparison of them would tie the graph to its outcome."""
+    return any(isinstance(size, torch.SymInt) for size in x.shape)
+
+
+def relaid(x: Tensor, shape: List[int]) -> Tensor:
+    """A transposed tensor in another shape. `reshape` compares sizes to find out whether it must copy."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads the first as constant)
+        if is_symbolic(x):
+            return x.clone(memory_format=torch.contiguous_format).view(shape)
+    return x.reshape(shape)
 
 
 def pad_grid(x: Tensor, height: int, width: int, fill: Optional[Tensor] = None) -> Tensor:
@@ -44,7 +61,7 @@ def partition(x: Tensor, region_size: List[int]) -> Tensor:
     rh, rw = region_size
     nh, nw = ceil_div(h, rh), ceil_div(w, rw)
     x = pad_grid(x, nh * rh, nw * rw)
-    return x.reshape(b, nh, rh, nw, rw, c).transpose(2, 3).reshape(b, nh * nw, rh * rw, c)
+    return relaid(x.reshape(b, nh, rh, nw, rw, c).transpose(2, 3), [b, nh * nw, rh * rw, c])
 
 
 def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
@@ -52,10 +69,8 @@ def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
     b, _, _, c = x.shape
     rh, rw = region_size
     nh, nw = ceil_div(height, rh), ceil_div(width, rw)
-    x = x.reshape(b, nh, nw, rh, rw, c).transpose(2, 3).reshape(b, nh * rh, nw * rw, c)
-    if nh * rh != height or nw * rw != width:
-        x = x[:, :height, :width]
-    return x
+    x = relaid(x.reshape(b, nh, nw, rh, rw, c).transpose(2, 3), [b, nh * rh, nw * rw, c])
+    return crop_grid(x, height, width)
 
 
 def region_means(x: Tensor, region_size: List[int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ._attention import AttentionOperator, Operands, join_heads, split_heads
 from ._checks import check_grids, check_heads, check_parameter, check_region_size
 from ._operator import wide_dtype
-from .regions import ceil_div, concrete, merge, pad_grid, partition
+from .regions import ceil_div, concrete, crop_grid, merge, pad_grid, partition
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def _collect(x, q, k, v, bias, pad_key, pad_value, window_size, shift, *_) -> Te
     x = merge(join_heads(x), window_size, height, width)
     if shift[0] != 0 or shift[1] != 0:
         x = x.roll((shift[0], shift[1]), (1, 2))
-    return x[:, : q.shape[1], : q.shape[2]]
+    return crop_grid(x, q.shape[1], q.shape[2])
 
 
 def _shapes(q, k, v, bias, pad_key, pad_value, window_size, shift, num_heads, scale):
