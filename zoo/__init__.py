@@ -2,9 +2,9 @@
 
 from timm.models import list_models
 
-from . import biformer
+from . import biformer, stripmlp
 
-FAMILIES = {"biformer": biformer}
+FAMILIES = {"biformer": biformer, "stripmlp": stripmlp}
 
 
 def list_families() -> dict[str, list[str]]:
