@@ -37,6 +37,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
+from timm.layers.grn import GlobalResponseNorm
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -204,7 +205,7 @@ class LocalStripMixing(nn.Module):
         pooled = rows.mean((1, 2)) + cols.mean((1, 2)) + x.mean((1, 2))
         weights = self.reweight(pooled).reshape(x.shape[0], 1, 1, x.shape[3], 3).softmax(-1)
         of_cols, of_rows, of_x = weights.unbind(-1)
-        return cols * of_cols + rows * of_rows + x * of_x
+        return torch.addcmul(torch.addcmul(x * of_x, rows, of_rows), cols, of_cols)
 
 
 # --- block, stage, network (section 3.4) ------------------------------------------------------------------------------
@@ -247,6 +248,14 @@ class TokenMixing(nn.Module):
         return self.fuse(torch.cat([self.strips(self.act(far)), self.local(self.act(near))], dim=-1))
 
 
+class ResponseNorm(GlobalResponseNorm):
+    """timm's global response normalisation, with one pass over the wide map where timm's takes three."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = x.norm(p=2, dim=(1, 2), keepdim=True)
+        return torch.addcmul(self.bias, x, 1 + self.weight * (norm / (norm.mean(-1, keepdim=True) + self.eps)))
+
+
 class ChannelMixing(nn.Module):
     """Depthwise convolution and an MLP with global response normalisation, `(B, H, W, C)` to the same."""
 
@@ -256,6 +265,7 @@ class ChannelMixing(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, bias=False, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
         self.mlp = GlobalResponseNormMlp(dim, hidden, **dd)
+        self.mlp.grn = ResponseNorm(hidden, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))
@@ -321,7 +331,7 @@ class StripMLPStage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-@register_notrace_function
+@torch.fx.wrap  # called before any module of this file, so timm's registration would come too late
 def check_image_size(x: Tensor, in_chans: int, size: Tuple[int, int]) -> None:
     """Refuse images that the network was not made for."""
     if x.dim() != 4 or x.shape[1] != in_chans:
