@@ -9,6 +9,7 @@ from .library import use_ops
 from .region_route import region_route
 from .routed_attention import routed_attention
 from .semantic_attention import semantic_attention
+from .strip_mix import strip_mix
 from .window_attention import window_attention
 
 from . import flops  # isort: skip  (registers formulas of the operators above)
@@ -19,6 +20,7 @@ __all__ = [
     "region_route",
     "routed_attention",
     "semantic_attention",
+    "strip_mix",
     "use_ops",
     "window_attention",
 ]

@@ -55,6 +55,16 @@ def semantic_attention_macs(
     return prod(q[:3]) * (prod(window_size) + prod(patch_size)) * (q[3] + v[3])
 
 
+def strip_mix_macs(x: Shape, weight: Shape, *_: Any) -> int:
+    """Each value of the grid is a sum over three strips."""
+    return prod(x) * 3 * weight[2]
+
+
+def strip_mix_backward_macs(grad: Shape, x: Shape, weight: Shape, *_: Any) -> int:
+    """The gradients of grid and weight are as large as the forward pass, which is not repeated."""
+    return 2 * strip_mix_macs(x, weight)
+
+
 def region_route_macs(q: Shape, k: Shape, topk: int, region_size: Shape, kv_region_size: Shape) -> int:
     """Products of all pairs of region means."""
 
@@ -82,6 +92,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "routed_attention_backward": _attention_backward(routed_attention_macs),
     "semantic_attention": semantic_attention_macs,
     "semantic_attention_backward": _attention_backward(semantic_attention_macs),
+    "strip_mix": strip_mix_macs,
+    "strip_mix_backward": strip_mix_backward_macs,
     "window_attention": window_attention_macs,
     "window_attention_backward": _attention_backward(window_attention_macs),
 }

@@ -2,11 +2,12 @@
 
 from timm.models import list_models
 
-from . import biformer, davit_fused, stvit
+from . import biformer, davit_fused, stripmlp, stvit
 
 FAMILIES = {
     "biformer": (biformer,),
     "davit_fused": (davit_fused,),
+    "stripmlp": (stripmlp,),
     "stvit": (stvit,),
 }
 

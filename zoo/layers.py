@@ -88,6 +88,7 @@ class StagedBackbone(nn.Module):
 
     A subclass sets `stem`, `stages` (an `nn.Sequential`), `norm`, `head` (with timm's `ClassifierHead` interface),
     `feature_info`, `in_chans`, `num_classes`, `num_features`, `head_hidden_size`, and the limits of the image's size.
+    Where stages do not simply follow each other, it overrides `forward_stages` and `forward_features`.
     """
 
     if TYPE_CHECKING:  # TorchScript would hold the modules to these very types
@@ -165,21 +166,16 @@ class StagedBackbone(nn.Module):
             intermediates_only: leave the final features out.
         """
         assert output_fmt == "NCHW", "output_fmt must be NCHW"
-        intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.forward_stem(x)
         last = len(self.stages) - 1
-        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108  (TorchScript cannot slice a Sequential)
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        for i, stage in enumerate(stages):
-            x = stage(x)
+        maps = self.forward_stages(self.forward_stem(x), max_index + 1 if stop_early else last + 1)
+        intermediates = []
+        for i, x in enumerate(maps):
             if i in take_indices:
                 intermediates.append(self.norm(x) if norm and i == last else x)
         if intermediates_only:
             return intermediates
-        if i == last:
+        if len(maps) == last + 1:
             x = self.norm(x)
         return x, intermediates
 
@@ -202,6 +198,15 @@ class StagedBackbone(nn.Module):
         """Images `(B, C, H, W)` to the map that enters stage 1."""
         check_image(x, self.in_chans, self.smallest_image, self.image_multiple)
         return self.stem(x)
+
+    def forward_stages(self, x: Tensor, count: int) -> List[Tensor]:
+        """The map that enters stage 1 to the maps of the first `count` stages."""
+        maps = []
+        for i, stage in enumerate(self.stages):
+            if i < count:
+                x = stage(x)
+                maps.append(x)
+        return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to the last, normalised map."""
