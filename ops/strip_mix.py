@@ -1,6 +1,6 @@
 """`strip_mix`: linear mixing along the rows (or columns) of a grid and across adjacent ones.
 
-Strip-MLP, arXiv 2307.11458, section 3 (strip MLP layer; channels in groups as in the cascade group strip mixing module).
+Strip-MLP, arXiv 2307.11458, section 3 (strip MLP layer; channels in groups as in cascade group strip mixing).
 What a token receives does not depend on the tokens' values: the operator is linear in the grid, and in its weight.
 """
 

@@ -2,11 +2,12 @@
 
 from timm.models import list_models
 
-from . import biformer, davit_fused, stripmlp, stvit
+from . import biformer, davit_fused, sparsifiner, sparsifiner_lvvit, stripmlp, stvit
 
 FAMILIES = {
     "biformer": (biformer,),
     "davit_fused": (davit_fused,),
+    "sparsifiner": (sparsifiner, sparsifiner_lvvit),
     "stripmlp": (stripmlp,),
     "stvit": (stvit,),
 }
