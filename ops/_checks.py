@@ -65,16 +65,18 @@ def check_grids(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k and v must lie on the same grid, got {tuple(k.shape)} and {tuple(v.shape)}")
 
 
-def check_parameter(name: str, x: Tensor, shape: Sequence[int], q: Tensor) -> None:
-    """A floating-point tensor of a given shape on the device of `q`; its dtype may differ, it is converted."""
+def check_parameter(name: str, x: Tensor, shape: Sequence[int], ref: Tensor, ref_name: str = "q") -> None:
+    """A floating-point tensor of a given shape on the device of `ref`; its dtype may differ, it is converted."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {tuple(shape)}, got {type(x).__name__}")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .to()")
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them with .to()")
+    if x.device != ref.device:
+        raise ValueError(
+            f"{name} is on {x.device} but {ref_name} is on {ref.device}; move one of them with .to()"
+        )
 
 
 def check_heads(num_heads: int, q: Tensor, v: Tensor) -> None:

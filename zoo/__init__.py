@@ -1,10 +1,16 @@
-"""The models, one file per family. Importing this package registers them with timm."""
+"""The models, one file per family or two. Importing this package registers them with timm."""
 
 from timm.models import list_models
 
-from . import biformer, sparsifiner, sparsifiner_lvvit
+from . import biformer, davit_fused, sparsifiner, sparsifiner_lvvit, stripmlp, stvit
 
-FAMILIES = {"biformer": (biformer,), "sparsifiner": (sparsifiner, sparsifiner_lvvit)}
+FAMILIES = {
+    "biformer": (biformer,),
+    "davit_fused": (davit_fused,),
+    "sparsifiner": (sparsifiner, sparsifiner_lvvit),
+    "stripmlp": (stripmlp,),
+    "stvit": (stvit,),
+}
 
 
 def list_families() -> dict[str, list[str]]:
