@@ -64,6 +64,27 @@ FAMILIES = {
         reductions=(4, 8, 16, 32),
         taken=(1, 3),
     ),
+    "stripmlp": Family(
+        "stripmlp_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dim": 16, "img_size": 64},
+        size=(64, 64),
+        other_size=None,
+        channels=(16, 32, 64, 128),
+        reductions=(4, 8, 16, 32),
+        taken=(1, 3),
+    ),
+    "sparsifiner": Family(
+        "sparsifiner_tiny",
+        {"img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3, "reduce_n_factor": 2},
+        size=(96, 96),
+        other_size=None,
+        channels=(48, 48, 48, 48),
+        reductions=(16, 16, 16, 16),
+        taken=(1, 3),
+        forms=("getter",),
+        pooling=("avg", "max", "avgmax"),
+        no_gradient=(".predictor.",),
+    ),
 }
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
