@@ -11,7 +11,7 @@ from typing import Any, Optional, Tuple
 from timm.layers import RelPosBias, resample_abs_pos_embed
 from torch import Tensor
 
-from .stvit_tokens import resize_grid, resize_relative_table
+from .stvit import resize_grid, resize_relative_table
 from .weights import check_state_dict
 
 ADVICE = (

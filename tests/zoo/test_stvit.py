@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from vitrail.ops import use_ops
 from vitrail.profiling import count_with_torch
+from vitrail.zoo.stvit import max_pool_bins
 from vitrail.zoo.stvit_swin import STViTSwin, checkpoint_filter_fn
-from vitrail.zoo.stvit_tokens import max_pool_bins
 from vitrail.zoo.stvit_weights import from_swin_names
 from vitrail.zoo.weights import CheckpointError
 
