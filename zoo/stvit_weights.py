@@ -37,10 +37,10 @@ def _take_apart(state_dict: dict[str, Tensor], own: dict[str, Tensor]) -> dict[s
 def _start(
     trunk: str, state_dict: dict[str, Tensor], own: dict[str, Tensor], unused: list[str]
 ) -> dict[str, Tensor]:
-    """The trunk's weights without those that have no use here; what it lacks stays as it was initialised."""
+    """The trunk's weights without those that have no use here; what only STViT has stays as it was initialised."""
     state_dict = {key: value for key, value in state_dict.items() if key not in unused}
     new = [
-        key for key in own if key not in state_dict and not key.startswith(("head.", "stem.", "patch_embed."))
+        key for key in own if key not in state_dict and re.search(r"\.centers$|\.gamma$|\.conv_pos\.", key)
     ]
     warnings.warn(
         f"weights of {trunk} are where STViT starts from, not those of a trained STViT: train it further; left out: "
