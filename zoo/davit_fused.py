@@ -76,7 +76,8 @@ class WindowAttention(nn.Module):
         pad_key: Optional[Tensor] = None
         pad_value: Optional[Tensor] = None
         if self.qkv.bias is not None:
-            _, pad_key, pad_value = self.qkv.bias.to(q.dtype).chunk(3)
+            dim = self.qkv.in_features
+            pad_key, pad_value = self.qkv.bias[dim : 2 * dim], self.qkv.bias[2 * dim :]
         x = window_attention(q, k, v, self.window_size, self.num_heads, pad_key=pad_key, pad_value=pad_value)
         return self.proj(x)
 
