@@ -76,7 +76,8 @@ class WindowAttention(nn.Module):
         pad_key: Optional[Tensor] = None
         pad_value: Optional[Tensor] = None
         if self.qkv.bias is not None:
-            _, pad_key, pad_value = self.qkv.bias.to(q.dtype).chunk(3)
+            dim = self.qkv.in_features
+            pad_key, pad_value = self.qkv.bias[dim : 2 * dim], self.qkv.bias[2 * dim :]
         x = window_attention(q, k, v, self.window_size, self.num_heads, pad_key=pad_key, pad_value=pad_value)
         return self.proj(x)
 
@@ -438,12 +439,19 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return check_state_dict(state_dict, model)
 
 
+_ADVICE = (
+    "tiny, small and base were published, and the towers of Florence-2 (davit_fused_base_fl, davit_fused_huge_fl). "
+    "Pass a file of your own: pretrained_cfg_overlay=dict(file=...)"
+)
+
+
 def _create_davit(variant: str, pretrained: bool = False, **kwargs: Any) -> DaViT:
     out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs.get("depths", (1, 1, 3, 1))))))
     return build_model(
         DaViT,
         variant,
         pretrained,
+        advice=_ADVICE,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
         **kwargs,
