@@ -1,6 +1,6 @@
 """`strip_mix`: linear mixing along the rows (or columns) of a grid and across adjacent ones.
 
-Strip-MLP, arXiv 2307.11458, section 3 (strip MLP layer; channels in groups as in the cascade group strip mixing module).
+Strip-MLP, arXiv 2307.11458, section 3 (strip MLP layer; channels in groups as in cascade group strip mixing).
 What a token receives does not depend on the tokens' values: the operator is linear in the grid, and in its weight.
 """
 
@@ -64,7 +64,9 @@ class _StripMix(Operator):
 
     def _backward_kernel(self, grad, x, weight, bias, axis):
         wide, n, groups = wide_dtype(x), weight.shape[1], weight.shape[3]
-        grad_x = reference(grad, weight.flip(0).transpose(1, 2), None, axis)  # the transposed mixing is a mixing
+        grad_x = reference(
+            grad, weight.flip(0).transpose(1, 2), None, axis
+        )  # the transposed mixing is a mixing
         grad, x = _strips(grad.to(wide), axis), _strips(x.to(wide), axis)
         grad_kernel = torch.nn.grad.conv2d_weight(
             _fold(x, groups), (groups * n, n, 1, 3), _fold(grad, groups), *_geometry(x, weight)

@@ -4,19 +4,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, List, Optional, Tuple, Union
 
 import torch
-import torch.nn.functional as F
-from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers import ClassifierHead, get_device_dtype, to_2tuple
 from timm.models import checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from ..ops.regions import ceil_div, pad_grid
 
 
 @register_notrace_function  # it branches on sizes, which torch.fx cannot follow
 def pad_to_multiple(x: Tensor, n: int) -> Tensor:
     """Pad a `(B, H, W, C)` map with zeros at the bottom and right so that `n` divides its height and width."""
-    h, w = x.shape[1], x.shape[2]
-    pad_h, pad_w = (h + n - 1) // n * n - h, (w + n - 1) // n * n - w
-    return F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h != 0 or pad_w != 0 else x
+    return pad_grid(x, ceil_div(x.shape[1], n) * n, ceil_div(x.shape[2], n) * n)
 
 
 @register_notrace_function
@@ -33,6 +32,31 @@ def check_image(x: Tensor, in_chans: int, smallest: int, multiple: int) -> None:
         raise ValueError(
             f"without auto_pad height and width must be multiples of {multiple}, got {h} x {w}; "
             f"resize to {near_h} x {near_w}, or build the model with auto_pad=True"
+        )
+
+
+def check_patches(img_size: Any, patch_size: Any) -> None:
+    """Refuse image sizes that patches do not divide, with the nearest size that they do; numbers or pairs."""
+    image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+    if any(i < p or i % p for i, p in zip(image, patch, strict=True)):
+        near = [max((i + p // 2) // p, 1) * p for i, p in zip(image, patch, strict=True)]
+        raise ValueError(
+            f"img_size must be a multiple of the patch, {patch[0]} x {patch[1]}, got {image[0]} x {image[1]}; "
+            f"nearest: {near[0]} x {near[1]}"
+        )
+
+
+@register_notrace_function
+def check_img_size(x: Tensor, in_chans: int, height: int, width: int) -> None:
+    """Refuse images of another size than the one that a network was built for."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f"expected images of shape (batch, {in_chans}, {height}, {width}), got {list(x.shape)}"
+        )
+    if x.shape[2] != height or x.shape[3] != width:
+        raise ValueError(
+            f"this model takes images of {height} x {width}, got {x.shape[2]} x {x.shape[3]}; resize them, "
+            "build the model with img_size=(height, width), or call set_input_size()"
         )
 
 
@@ -110,10 +134,16 @@ class StagedBackbone(nn.Module):
         """The last linear layer."""
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier; the pooling stays unless `global_pool` says otherwise."""
+    def reset_classifier(
+        self, num_classes: int, global_pool: Optional[str] = None, reset_other: bool = False
+    ) -> None:
+        """Replace the classifier; the pooling stays unless `global_pool` says otherwise.
+
+        `reset_other` removes what else the head holds, such as a norm.
+        """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        dd = get_device_dtype(self)
+        self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
@@ -161,7 +191,7 @@ class StagedBackbone(nn.Module):
         if prune_end:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
         if prune_head or prune_end:
-            self.reset_classifier(0, "")
+            self.reset_classifier(0, "", reset_other=True)
         return take_indices
 
     def forward_stem(self, x: Tensor) -> Tensor:

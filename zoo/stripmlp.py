@@ -158,9 +158,7 @@ class CascadeGroupStripMixing(nn.Module):
     Channels are seen as patches of `groups` each; the channels at one place of all patches share a weight.
     """
 
-    def __init__(
-        self, dim: int, groups: int, size: Tuple[int, int], device: Any = None, dtype: Any = None
-    ):
+    def __init__(self, dim: int, groups: int, size: Tuple[int, int], device: Any = None, dtype: Any = None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.row_pos = RelativePosition(dim, size, **dd)
@@ -253,7 +251,9 @@ class ResponseNorm(GlobalResponseNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = x.norm(p=2, dim=(1, 2), keepdim=True)
-        return torch.addcmul(self.bias, x, 1 + self.weight * (norm / (norm.mean(-1, keepdim=True) + self.eps)))
+        return torch.addcmul(
+            self.bias, x, 1 + self.weight * (norm / (norm.mean(-1, keepdim=True) + self.eps))
+        )
 
 
 class ChannelMixing(nn.Module):
@@ -302,7 +302,9 @@ class StripMLPStage(nn.Module):
     own. `merged` holds these maps, each as large as the last stage's; the stage halves them in place and adds its own.
     """
 
-    def __init__(self, in_dim: int, dim: int, index: int, blocks: Sequence[nn.Module], device: Any, dtype: Any):
+    def __init__(
+        self, in_dim: int, dim: int, index: int, blocks: Sequence[nn.Module], device: Any, dtype: Any
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.first = index == 0
@@ -379,6 +381,8 @@ class StripMLP(StagedBackbone):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        if not isinstance(patch_size, int) or patch_size < 1:
+            raise ValueError(f"patch_size must be a positive integer, got {patch_size}")
         if len(depths) != 4:
             raise ValueError(f"depths must have four entries, one per stage, got {tuple(depths)}")
         self.in_chans = in_chans
@@ -429,7 +433,9 @@ class StripMLP(StagedBackbone):
         return size[0], size[1]
 
     def _map_size(self, stage: int) -> Tuple[int, int]:
-        return self.img_size[0] // (self.patch_size * 2**stage), self.img_size[1] // (self.patch_size * 2**stage)
+        return self.img_size[0] // (self.patch_size * 2**stage), self.img_size[1] // (
+            self.patch_size * 2**stage
+        )
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> None:

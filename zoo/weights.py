@@ -10,8 +10,9 @@ import pickle
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, get_pretrained_cfg
+from timm.models._input import get_pretrained_grid_size
 from torch import Tensor, nn
 
 _LISTED = 8  # mismatches that an error message spells out
@@ -93,7 +96,8 @@ def check_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
             f" (which has {', '.join(sorted(state_dict)[:3])}, ...)"
         )
     cfg = getattr(model, "pretrained_cfg", {})
-    adapted = tuple(f"{x}." for x in (cfg.get("classifier"), cfg.get("first_conv")) if x)
+    layers = (cfg.get("classifier"), cfg.get("first_conv"))
+    adapted = tuple(f"{y}." for x in layers if x for y in ((x,) if isinstance(x, str) else x))
     problems = [f"missing {key}" for key in wanted if key not in state_dict and not key.startswith(adapted)]
     problems += [f"unknown {key}" for key in state_dict if key not in wanted and not key.startswith(adapted)]
     problems += [
@@ -112,6 +116,38 @@ def check_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
             f"the checkpoint does not fit {name} ({len(problems)} mismatches): {'; '.join(problems[:_LISTED])}{more}"
         )
     return state_dict
+
+
+def resize_grid(x: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """A matrix of one row per token, `(1 + H * W, n)` with the class token in front, for another grid of tokens."""
+    return resample_abs_pos_embed(x[None], list(new), list(old), num_prefix_tokens=1)[0]
+
+
+def resample_tokens(state_dict: dict[str, Tensor], model: Any, endings: Sequence[str] = ()) -> None:
+    """Resample a vision transformer's weights of another image size, in place, and warn: position and other tables.
+
+    Args:
+        state_dict: in the model's layout.
+        model: has `patch_embed.grid_size` and a class token.
+        endings: of the names of tables with one row per token, besides `pos_embed`.
+    """
+    position, new = state_dict.get("pos_embed"), tuple(model.patch_embed.grid_size)
+    if position is None or position.dim() != 3:
+        return
+    count = position.shape[1] - 1
+    known = get_pretrained_grid_size(model, state_dict.get("patch_embed.proj.weight"), count)
+    old = known or (isqrt(count), isqrt(count))
+    if old == new or old[0] * old[1] != count:
+        return  # what does not fit now is no matter of size
+    warnings.warn(
+        f"the checkpoint is for images of {old[0]} x {old[1]} patches, the model for {new[0]} x {new[1]}: "
+        "what belongs to the tokens is resampled",
+        stacklevel=3,
+    )
+    state_dict["pos_embed"] = resize_grid(position[0], old, new)[None]
+    for key, value in state_dict.items():
+        if key.endswith(tuple(endings)) and value.shape[0] == count + 1:
+            state_dict[key] = resize_grid(value, old, new)
 
 
 def _download(url: str, variant: str) -> dict[str, Tensor]:
@@ -136,15 +172,21 @@ def build_model(
     pretrained: bool,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    advice: str = "",
     **kwargs: Any,
 ) -> Any:
-    """timm's `build_model_with_cfg`, with checkpoints read by `read_checkpoint` wherever they come from."""
+    """timm's `build_model_with_cfg`, with checkpoints read by `read_checkpoint` wherever they come from.
+
+    `advice` is what to do where `pretrained` is asked for and no weights are known.
+    """
     if pretrained:
         overlay = dict(pretrained_cfg_overlay or {})
         cfg = pretrained_cfg if pretrained_cfg is not None else get_pretrained_cfg(variant)
         if not isinstance(cfg, dict):
             cfg = {} if cfg is None else cfg.to_dict()
         source = {**cfg, **overlay}
+        if not any(source.get(key) for key in ("state_dict", "file", "url", "hf_hub_id")):
+            raise CheckpointError(f"there are no weights for {variant} to load" + (advice and f": {advice}"))
         if not source.get("state_dict") and source.get("source") not in ("hf-hub", "local-dir"):
             if source.get("file"):
                 overlay["state_dict"] = read_checkpoint(source["file"])

@@ -73,6 +73,18 @@ FAMILIES = {
         reductions=(4, 8, 16, 32),
         taken=(1, 3),
     ),
+    "sparsifiner": Family(
+        "sparsifiner_tiny",
+        {"img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3, "reduce_n_factor": 2},
+        size=(96, 96),
+        other_size=None,
+        channels=(48, 48, 48, 48),
+        reductions=(16, 16, 16, 16),
+        taken=(1, 3),
+        forms=("getter",),
+        pooling=("avg", "max", "avgmax"),
+        no_gradient=(".predictor.",),
+    ),
 }
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
