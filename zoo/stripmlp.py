@@ -85,9 +85,9 @@ def resample_table(table: Tensor, extent: int) -> Tensor:
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     distance = torch.arange(-extent, extent + 1, device=table.device, dtype=wide.dtype) * (old / extent)
     place = distance.clamp(1 - old, old - 1) + old
-    below = place.floor().clamp(max=2 * old - 2)
-    share = (place - below)[:, None]
-    return torch.lerp(wide[below.long()], wide[below.long() + 1], share).to(table.dtype)
+    below = place.floor().long()
+    above = (below + 1).clamp(max=2 * old - 1)
+    return torch.lerp(wide[below], wide[above], (place - below)[:, None]).to(table.dtype)
 
 
 def _replace(module: nn.Module, **tensors: Tensor) -> None:
@@ -577,6 +577,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: "StripMLP") -> di
     return state_dict
 
 
+_ADVICE = (
+    "the authors' files are on pan.baidu.com, linked from github.com/Med-Process/Strip_MLP; download one by hand and "
+    "pass pretrained_cfg_overlay=dict(file=...), or convert it to safetensors once with `vitrail convert`"
+)
+
+
 def _create_stripmlp(variant: str, pretrained: bool = False, **kwargs: Any) -> StripMLP:
     feature_cfg: dict[str, Any] = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3))}
     # timm's list and dict run stages one after the other, without the skips; these give the same list and dict
@@ -592,6 +598,7 @@ def _create_stripmlp(variant: str, pretrained: bool = False, **kwargs: Any) -> S
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
+        advice="train it, that takes minutes" if variant == "stripmlp_pico" else _ADVICE,
         **kwargs,
     )
 
@@ -616,7 +623,6 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# the authors' files lie on a file-sharing site, out of reach of a program
 default_cfgs = generate_default_cfgs(
     {
         "stripmlp_tiny_light": _cfg(),

@@ -33,9 +33,7 @@ def by_hand(x, weight, bias=None, axis=2):
     return out
 
 
-def example(
-    batch=2, height=4, width=5, groups=3, patches=2, axis=2, bias=True, dtype=torch.float64, seed=0
-):
+def example(batch=2, height=4, width=5, groups=3, patches=2, axis=2, bias=True, dtype=torch.float64, seed=0):
     """Arguments with x as half of the channels of a map, as the models pass it."""
     g = torch.Generator().manual_seed(seed)
 
@@ -202,9 +200,7 @@ def test_the_backward_pass_does_not_repeat_the_forward_one(monkeypatch):
     args = example()
     leaves = {n: args[n].detach().clone().requires_grad_() for n in ("x", "weight", "bias")}
     out = strip_mix(**args | leaves)
-    monkeypatch.setattr(
-        torch.nn.functional, "conv2d", lambda *a, **k: calls.append(1) or conv2d(*a, **k)
-    )
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *a, **k: calls.append(1) or conv2d(*a, **k))
     out.sum().backward()
     assert len(calls) == 1  # the gradient of x, which is a mixing itself
 

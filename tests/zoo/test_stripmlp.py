@@ -25,7 +25,7 @@ from vitrail.zoo.stripmlp import (
     resample_strips,
     resample_table,
 )
-from vitrail.zoo.weights import CheckpointError, convert_checkpoint, read_checkpoint
+from vitrail.zoo.weights import CheckpointError, convert_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -262,7 +262,7 @@ def test_a_size_that_cannot_be_leaves_the_model_as_it_was():
     model = StripMLP(**SMALL, img_size=32)
     with pytest.raises(ValueError, match="the nearest are 32 x 32 and 64 x 64"):
         model.set_input_size(img_size=50)
-    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    assert model.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 5)
 
 
 def test_a_model_made_on_the_meta_device_gets_its_positions_with_its_memory():
@@ -310,7 +310,9 @@ def test_a_longer_smooth_strip_becomes_what_the_shorter_one_became(lengths):
     weight, bias = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((3, old, old, 3), (old, 3)))
 
     def grid(length):
-        return torch.stack([wave(length, phase) for phase in (0, 1, 2)], -1).expand(1, 5, length, 3).contiguous()
+        return (
+            torch.stack([wave(length, phase) for phase in (0, 1, 2)], -1).expand(1, 5, length, 3).contiguous()
+        )
 
     want = resized(strip_mix(grid(old), weight, bias), new)
     got = strip_mix(grid(new), *resample_strips(weight, bias, new))
@@ -321,7 +323,7 @@ def test_smooth_strips_and_tables_survive_a_way_there_and_back():
     smooth = (wave(14)[:, None] * wave(14, 1.0))[None, :, :, None].expand(3, -1, -1, 2).contiguous()
     bias = wave(14)[:, None].expand(-1, 2).contiguous()
     weight, back = resample_strips(*resample_strips(smooth, bias, 28), 14)
-    assert relative_error(weight, smooth) < 0.05
+    assert relative_error(weight, smooth) < 0.1
     assert relative_error(back, bias) < 0.02
     table = wave(29)[:, None].expand(-1, 2)
     used = slice(1, -1)
@@ -339,21 +341,23 @@ def test_a_table_keeps_the_meaning_of_a_distance_and_takes_nothing_from_its_unus
 
 
 def smooth_network(size):
-    """Strip weights, tables and convolutions without detail, so that resolution changes little."""
+    """Smooth strip weights and tables; the convolutions inside a stage look at one pixel, the others take means."""
     torch.manual_seed(0)
     model = StripMLP(**SMALL, img_size=size).double().eval()
     for module in model.modules():
         if isinstance(module, StripLayer):
-            length = module.weight.shape[1]
-            module.weight.data = torch.stack(
-                [wave(length, 0.3 * g)[:, None] * wave(length, 0.7 * g) / length for g in range(module.weight.shape[3])], -1
-            ).expand(3, -1, -1, -1).contiguous()
+            length, groups = module.bias.shape
+            waves = [wave(length, g)[:, None] * wave(length, 2 * g) for g in range(groups)]
+            module.weight.data = torch.stack(waves, -1).repeat(3, 1, 1, 1) / length
+            module.bias.data = wave(length)[:, None].repeat(1, groups)
         elif isinstance(module, RelativePosition):
             module.table.data = wave(len(module.table))[:, None] * wave(module.table.shape[1])
-        elif isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels == module.out_channels:
-            module.weight.data.fill_(1 / module.weight[0].numel())
-        elif isinstance(module, torch.nn.Conv2d):  # stem and merging: means of what they join
-            module.weight.data = module.weight.data.mean((2, 3), keepdim=True).expand_as(module.weight).contiguous()
+        elif isinstance(module, torch.nn.Conv2d) and module.stride == (1, 1):
+            middle = [n // 2 for n in module.kernel_size]
+            module.weight.data.zero_()[..., middle[0], middle[1]] = 1
+        elif isinstance(module, torch.nn.Conv2d):
+            means = module.weight.data.mean((2, 3), keepdim=True)
+            module.weight.data = means.expand_as(module.weight).contiguous()
     return model
 
 
@@ -361,17 +365,194 @@ def smooth_image(size):
     return torch.stack([wave(size)[:, None] + wave(size, phase) for phase in (0.0, 0.5, 1.0)])[None]
 
 
-@pytest.mark.parametrize("size", [128, 192, 256])
+@pytest.mark.parametrize("size", [160, 192, 256])
 def test_logits_of_a_smooth_network_stay_close(size):
     model = smooth_network(128)
-    with torch.inference_mode():
+    with torch.no_grad():
         want = model(smooth_image(128))
-        fresh = StripMLP(**SMALL, img_size=size).double().eval()
-        fresh.load_state_dict(
-            {k: v if v.shape == model.state_dict()[k].shape and "_mix" not in k else fresh.state_dict()[k]
-             for k, v in {**fresh.state_dict(), **model.state_dict()}.items() if k in fresh.state_dict()},
-            strict=False,
-        )  # fmt: skip
         model.set_input_size(size)
-        got = model(smooth_image(size))
-    print(size, relative_error(got, want))
+        assert relative_error(model(smooth_image(size)), want) < 0.03
+        for module in model.modules():
+            if isinstance(module, StripLayer):
+                torch.nn.init.normal_(module.weight, std=module.weight.std().item())
+        assert relative_error(model(smooth_image(size)), want) > 0.2  # so they do matter
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_the_authors_layout_loads_through_timm_and_converts(tmp_path):
+    """A training checkpoint as the authors save them: weights under `model`, options beside them."""
+    case = load_case(GOLDEN / "stripmlp_tiny_light_224.json")
+    weights = {key: value.float() for key, value in authors_checkpoint(case).items()}
+    torch.save({"model": weights, "epoch": 299}, tmp_path / "authors.pth")
+    report = convert_checkpoint(
+        "stripmlp_tiny_light", tmp_path / "authors.pth", tmp_path / "ours.safetensors"
+    )
+    assert (report.parameters, report.num_classes) == (case.params, 1000)
+    for name in ("authors.pth", "ours.safetensors"):
+        overlay = {"file": str(tmp_path / name)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = timm.create_model("stripmlp_tiny_light", pretrained=True, pretrained_cfg_overlay=overlay)
+        with torch.inference_mode():
+            logits = model.eval()(seeded_image(case.input_shape, case.input_seed).float())
+        assert relative_error(logits, case.logits) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def case_64():
+    """The smallest of the networks that the authors' code computed, made for 64 x 64 pixels."""
+    return OPTIONS["cases"][0]
+
+
+@pytest.mark.parametrize("layout", ["the authors'", "ours"])
+@pytest.mark.parametrize("size", [(96, 96), (32, 32), (64, 128)], ids=str)
+def test_a_checkpoint_of_another_size_is_resampled_and_says_so(case_64, layout, size):
+    same = load(StripMLP(**OPTIONS["base"]), authors_weights(case_64))
+    weights = authors_weights(case_64) if layout == "the authors'" else same.state_dict()
+    model = StripMLP(**OPTIONS["base"] | {"img_size": size})
+    message = (
+        rf"checkpoint is for images of 64 x 64 pixels, the model for {size[0]} x {size[1]}: .* were resampled"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        load(model, weights)
+    assert len(caught) == 1
+    same.set_input_size(img_size=size)
+    for key, value in same.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-14, msg=key)
+
+
+def test_a_checkpoint_of_the_same_size_says_nothing(case_64):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(StripMLP(**OPTIONS["base"]), authors_weights(case_64))
+
+
+def test_a_resampled_checkpoint_loads_through_timm_with_other_classes_and_channels(tmp_path):
+    torch.save(timm.create_model("stripmlp_pico").state_dict(), tmp_path / "pico.pth")
+    overlay = {"file": str(tmp_path / "pico.pth")}
+    with pytest.warns(UserWarning, match="images of 32 x 32 pixels, the model for 48 x 64"):
+        model = timm.create_model(
+            "stripmlp_pico",
+            pretrained=True,
+            pretrained_cfg_overlay=overlay,
+            img_size=(48, 64),
+            num_classes=5,
+            in_chans=1,
+        )
+    assert model(torch.randn(2, 1, 48, 64)).shape == (2, 5)
+
+
+def change(key, edit):
+    return lambda weights: weights | {key: edit(weights[key])}
+
+
+STRIP = "blocks1.0.token_mixing.smlp_block.proj_h."
+DAMAGED = {
+    "another width": (lambda w: w | {"norm.weight": torch.ones(64)}, r"norm.weight has shape \(64,\), .* needs \(128,\)"),
+    "strips that are not square": (change(STRIP + "weight", lambda w: w[:, 1:]), r"row_mix.weight has shape"),
+    "a strip without its bias": (lambda w: {k: v for k, v in w.items() if k != STRIP + "bias"}, "missing .*row_mix.bias"),
+    "a strip without its weight": (lambda w: {k: v for k, v in w.items() if k != STRIP + "weight"}, "missing .*row_mix.weight"),
+    "groups of another network": (change(STRIP + "weight", lambda w: w[:16]), r"row_mix.weight has shape \(3, 16, 16, 1\)"),
+    "a table with one row too few": (
+        change("blocks1.0.token_mixing.smlp_block.relate_pos_h.embeddings_table", lambda t: t[1:]), "row_pos.table has shape",
+    ),
+    "what is no number": (change(STRIP + "bias", lambda b: b * torch.nan), "row_mix.bias holds NaN"),
+    "something else": (lambda w: {"a": torch.ones(1)}, "this is no checkpoint of StripMLP"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_checkpoint_that_does_not_fit_is_refused_whole(case_64, case, size):
+    edit, message = DAMAGED[case]
+    model = StripMLP(**OPTIONS["base"] | {"img_size": size})
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint_filter_fn(edit(authors_weights(case_64)), model)
+
+
+@pytest.mark.parametrize("name", ["stripmlp_tiny_light", "stripmlp_tiny", "stripmlp_small", "stripmlp_base"])
+def test_pretrained_says_where_the_weights_are_and_how_to_use_them(name):
+    with pytest.raises(
+        CheckpointError, match=rf"no weights for {name} .*pan.baidu.com.*file=.*vitrail convert"
+    ):
+        timm.create_model(name, pretrained=True)
+
+
+def test_no_weights_of_pico_were_ever_published():
+    with pytest.raises(CheckpointError, match="no weights for stripmlp_pico to load: train it"):
+        timm.create_model("stripmlp_pico", pretrained=True)
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
+def test_skips_reach_the_maps_of_stages_three_and_four():
+    """What travels past a stage is in the maps of `forward_intermediates` and `features_only`, too."""
+    torch.manual_seed(0)
+    model = StripMLP(**SMALL, img_size=64).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(image)
+        torch.testing.assert_close(model.norm(maps[3]), final)
+        torch.testing.assert_close(final, model.forward_features(image))
+        torch.testing.assert_close(model.forward_intermediates(image, 2, norm=True)[1][1], final)
+        early, (early_map,) = model.forward_intermediates(image, [2], stop_early=True)
+        torch.testing.assert_close(early_map, maps[2])
+        torch.testing.assert_close(early, maps[2])
+        for skip, changed in ((model.stages[2].skips[0], {2, 3}), (model.stages[3].skips[1], {3})):
+            skip.weight.zero_()
+            without = model.forward_intermediates(image, intermediates_only=True)
+            assert {i for i in range(4) if not torch.equal(maps[i], without[i])} == changed
+            maps = without
+
+
+@pytest.mark.parametrize("form", ["list", "dict", "hook", "getter", "fx"])
+def test_every_form_of_a_feature_pyramid_has_the_maps_of_the_network(form):
+    """timm's own list and dict would run the stages one after the other, without the skips."""
+    torch.manual_seed(0)
+    args = {**SMALL, "img_size": (32, 64), "out_indices": (0, -2, 3)}
+    net = timm.create_model("stripmlp_tiny", features_only=True, feature_cls=form, **args).eval()
+    torch.manual_seed(0)
+    model = timm.create_model("stripmlp_tiny", **args).eval()
+    image = torch.randn(1, 3, 32, 64)
+    with torch.no_grad():
+        maps, wanted = net(image), model.forward_intermediates(image, [0, 2, 3], intermediates_only=True)
+    if form == "dict":
+        assert list(maps) == ["0", "2", "3"]
+        maps = list(maps.values())
+    for got, want in zip(maps, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    assert net.feature_info.reduction() == [4, 16, 32]
+
+
+def test_reductions_follow_the_patch_size():
+    net = timm.create_model("stripmlp_pico", features_only=True)
+    assert net.feature_info.reduction() == [2, 4, 8, 16]
+    assert [m.shape[-1] for m in net(torch.randn(1, 3, 32, 32))] == [16, 8, 4, 2]
+
+
+def test_every_parameter_belongs_to_a_layer_of_the_layer_wise_schedule():
+    from timm.models import group_parameters
+
+    model = StripMLP(**SMALL, img_size=32)
+    groups = group_parameters(model, model.group_matcher())
+    grouped = [name for names in groups.values() for name in names]
+    assert sorted(grouped) == sorted(name for name, _ in model.named_parameters())
+    assert groups[0] == ["stem.weight"]
+    (with_skips,) = (names for names in groups.values() if "stages.3.skips.0.weight" in names)
+    assert {"stages.3.downsample.weight", "stages.3.skips.1.weight"} < set(with_skips)
+    assert all(name.startswith(("stages.3.", "norm.")) for name in with_skips)
+
+
+def test_blocks_compute_the_same_whatever_the_memory_layout():
+    torch.manual_seed(0)
+    block = StripMLPBlock(16, (4, 6)).double().eval()
+    x = torch.randn(2, 4, 6, 16, dtype=torch.float64)
+    other = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not other.is_contiguous()
+    with torch.no_grad(), pytest.raises(ValueError, match="contiguous channels"):
+        strip_mix(other, block.token_mixing.strips.row_mix.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(block(other), block(x))
