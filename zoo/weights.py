@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
-from timm.models import build_model_with_cfg, get_pretrained_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._input import get_pretrained_grid_size
 from torch import Tensor, nn
 
@@ -181,10 +181,7 @@ def build_model(
     """
     if pretrained:
         overlay = dict(pretrained_cfg_overlay or {})
-        cfg = pretrained_cfg if pretrained_cfg is not None else get_pretrained_cfg(variant)
-        if not isinstance(cfg, dict):
-            cfg = {} if cfg is None else cfg.to_dict()
-        source = {**cfg, **overlay}
+        source = {**resolve_pretrained_cfg(variant, pretrained_cfg).to_dict(), **overlay}
         if not any(source.get(key) for key in ("state_dict", "file", "url", "hf_hub_id")):
             raise CheckpointError(f"there are no weights for {variant} to load" + (advice and f": {advice}"))
         if not source.get("state_dict") and source.get("source") not in ("hf-hub", "local-dir"):
