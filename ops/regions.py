@@ -11,9 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def is_zero(n: int) -> bool:
+    """Whether a number is zero; of a symbolic one, whether it is for every size, which adds no guard to the graph."""
+    if torch.jit.is_scripting() or not isinstance(n, torch.SymInt):
+        return n == 0
+    else:
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(n == 0)
+
+
 def ceil_div(a: int, b: int) -> int:
-    """Number of pieces of size `b` that cover `a`; integer arithmetic only, so that symbolic sizes stay exact."""
-    return (a + b - 1) // b
+    """Number of pieces of size `b` that cover `a`, in integer arithmetic alone.
+
+    Symbolic sizes stay as provable as they can be: n * s tokens are n pieces of s whatever s is, and any other number
+    of pieces is one term (the numerator is odd, the denominator even: nothing can be split off), which cancels later.
+    """
+    return a // b if is_zero(a % b) else (2 * a + 2 * b - 1) // (2 * b)
+
+
+def pad_grid(x: Tensor, height: int, width: int) -> Tensor:
+    """Zeros at the bottom and right of a `(B, H, W, C)` grid, up to `height` x `width`."""
+    pad_h, pad_w = height - x.shape[1], width - x.shape[2]
+    return x if is_zero(pad_h) and is_zero(pad_w) else F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+
+
+def crop_grid(x: Tensor, height: int, width: int) -> Tensor:
+    """The top left `height` x `width` of a `(B, H, W, C)` grid."""
+    more_h, more_w = x.shape[1] - height, x.shape[2] - width
+    return x if is_zero(more_h) and is_zero(more_w) else F.pad(x, (0, 0, 0, -more_w, 0, -more_h))
 
 
 def region_count(x: Tensor, region_size: List[int]) -> int:
@@ -26,9 +52,12 @@ def partition(x: Tensor, region_size: List[int]) -> Tensor:
     b, h, w, c = x.shape
     rh, rw = region_size
     nh, nw = ceil_div(h, rh), ceil_div(w, rw)
-    if nh * rh != h or nw * rw != w:
-        x = F.pad(x, (0, 0, 0, nw * rw - w, 0, nh * rh - h))
-    return x.reshape(b, nh, rh, nw, rw, c).transpose(2, 3).reshape(b, nh * nw, rh * rw, c)
+    return (
+        pad_grid(x, nh * rh, nw * rw)
+        .reshape(b, nh, rh, nw, rw, c)
+        .transpose(2, 3)
+        .reshape(b, nh * nw, rh * rw, c)
+    )
 
 
 def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
@@ -37,9 +66,7 @@ def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
     rh, rw = region_size
     nh, nw = ceil_div(height, rh), ceil_div(width, rw)
     x = x.reshape(b, nh, nw, rh, rw, c).transpose(2, 3).reshape(b, nh * rh, nw * rw, c)
-    if nh * rh != height or nw * rw != width:
-        x = x[:, :height, :width]
-    return x
+    return crop_grid(x, height, width)
 
 
 def region_means(x: Tensor, region_size: List[int]) -> Tensor:

@@ -4,19 +4,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, List, Optional, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..ops.regions import ceil_div, pad_grid
+
 
 @register_notrace_function  # it branches on sizes, which torch.fx cannot follow
 def pad_to_multiple(x: Tensor, n: int) -> Tensor:
     """Pad a `(B, H, W, C)` map with zeros at the bottom and right so that `n` divides its height and width."""
-    h, w = x.shape[1], x.shape[2]
-    pad_h, pad_w = (h + n - 1) // n * n - h, (w + n - 1) // n * n - w
-    return F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h != 0 or pad_w != 0 else x
+    return pad_grid(x, ceil_div(x.shape[1], n) * n, ceil_div(x.shape[2], n) * n)
 
 
 @register_notrace_function
