@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all lint format bench clean
+.PHONY: help env demo test test-all lint format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ format: $(READY) ## ruff's fixes and formatting, clang-format
 
 bench: $(READY) ## time and memory of the operators against stock PyTorch
 	$(BIN)/python benchmarks/operators.py
+
+docs: $(READY) ## write docs/MODELS.md from the registry
+	$(BIN)/python scripts/model_docs.py
 
 clean: ## remove build outputs and caches; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .timm

@@ -43,6 +43,39 @@ def check_region_size(name: str, size: Sequence[int]) -> None:
         raise ValueError(f"{name} must be positive, got {tuple(size)}")
 
 
+def check_grids(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Queries and keys of one width, keys and values on one grid, all of one batch, dtype and device."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_grid(name, x)
+        check_like(name, x, "q", q)
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"q and k must agree in batch and channels, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"k and v must lie on the same grid, got {tuple(k.shape)} and {tuple(v.shape)}")
+
+
+def check_parameter(name: str, x: Tensor, shape: Sequence[int], q: Tensor) -> None:
+    """A floating-point tensor of a given shape on the device of `q`; its dtype may differ, it is converted."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {tuple(shape)}, got {type(x).__name__}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .to()")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them with .to()")
+
+
+def check_heads(num_heads: int, q: Tensor, v: Tensor) -> None:
+    """Heads of one width each."""
+    if num_heads < 1 or q.shape[-1] % num_heads or v.shape[-1] % num_heads:
+        raise ValueError(
+            f"num_heads must divide the channels of q ({q.shape[-1]}) and of v ({v.shape[-1]}), got {num_heads}"
+        )
+
+
 def check_routes_in_range(routes: Tensor, regions: int) -> None:
     """Every route names an existing region, else an IndexError. Reads values: for real tensors outside of tracing."""
     wrong = ((routes < 0) | (routes >= regions)).nonzero()

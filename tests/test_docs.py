@@ -103,6 +103,13 @@ def test_the_table_of_models_says_what_the_papers_say():
         assert [float(f) for f in figures] == [published.params, published.gmac, published.top1]
 
 
+@pytest.mark.long
+def test_the_page_of_models_is_what_the_registry_says():
+    command = [sys.executable, ROOT / "scripts" / "model_docs.py", "--check"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
 def test_the_changelog_knows_the_current_version():
     assert metadata.version("vitrail") == vitrail.__version__
     assert f"\n## [{vitrail.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -166,6 +166,15 @@ def describe(name: str) -> ModelRow:
     )
 
 
+def size_rule(model: nn.Module) -> str:
+    """Which image sizes a model takes, in words."""
+    height, width = default_size(model.pretrained_cfg["architecture"])
+    if model.pretrained_cfg.get("fixed_input_size"):
+        return f"{height} x {width}, others by `img_size` and `set_input_size()`"
+    smallest = getattr(model, "smallest_image", 1)
+    return "any" if smallest <= 1 else f"any from {smallest} x {smallest}"
+
+
 def model_names(pattern: str | None = None) -> list[str]:
     """Names of vitrail's models, family by family; only those that contain `pattern` (or match it, with wildcards)."""
     names = [name for models in list_families().values() for name in models]

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from contextlib import nullcontext
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,25 @@ CACHE = ROOT / ".timm"
 NEED_WEIGHTS = {"test_model_load_pretrained", "test_model_features_pretrained"}
 # How many of timm 1.0.31's tests apply to any model without weights, and how many with --extended.
 STANDARD, EXTENDED = 11, 25
-# What timm passes over in silence. A model that takes every size has no set_input_size().
-TOLERATED = "absent, so silently not checked: set_input_size (resize keeps frozen weights frozen)"
+# Tests that do not apply to a model, by what the model is: patterns of tests and models, and the reason.
+EXCEPTIONS = (
+    (
+        "test_model_backward*",
+        "sparsifiner*",
+        "the choice of keys carries no gradient (as published), so the connectivity predictor has none when the "
+        "network learns; it has a phase of its own, see tests/zoo/test_sparsifiner.py",
+    ),
+)
+# What timm passes over in silence, and may: a model that takes every size has no set_input_size(), one whose weights
+# belong to a size is fed no other, and an image tower without a classifier has none to be named.
+TOLERATED = (
+    "absent, so silently not checked: set_input_size (resize keeps frozen weights frozen)",
+    "cfg says fixed_input_size: no test feeds any size but *",
+    "cfg num_classes is 0/None: classifier name silently not checked",
+    "input_size > 448: shapes silently not checked in test_model_default_cfgs",
+)
+# With gradients, two of these at a time do not fit into 24 GiB.
+LARGE = re.compile("_(huge|giant)")
 
 
 def download(version: str, directory: Path) -> Path:
@@ -61,18 +81,26 @@ def timm_sources() -> Path:
     return target
 
 
+def exceptions(model: str) -> dict[str, str]:
+    """Patterns of the tests that do not apply to a model, and why."""
+    return {test: reason for test, models, reason in EXCEPTIONS if fnmatch(model, models)}
+
+
 def run_suite(model: str, sources: Path, directory: Path, *options: str) -> dict:
     """The suite's findings for one model; fails, with the end of its output, unless all is well."""
     findings = directory / "findings.json"
     script = ROOT / "tests" / "tools" / "timm_suite.py"
     command = [sys.executable, script, "--timm-checkout", sources, "--import-module", "vitrail"]
-    result = subprocess.run(
-        [*map(str, command), "--filter", model, "--json", str(findings), *options],
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    for test, reason in exceptions(model).items():
+        command += ["--skip", f"{test}:{model}:{reason}"]
+    with FileLock(CACHE / "large") if LARGE.search(model) else nullcontext():
+        result = subprocess.run(
+            [*map(str, command), "--filter", model, "--json", str(findings), *options],
+            cwd=directory,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
     tail = "\n".join((result.stdout + result.stderr).splitlines()[-80:])
     assert result.returncode == 0, tail
     found = json.loads(findings.read_text())
@@ -80,20 +108,25 @@ def run_suite(model: str, sources: Path, directory: Path, *options: str) -> dict
     return found
 
 
-def skipped(found: dict) -> set[str]:
-    return {cell["test"] for cell in found["results"] if cell["outcome"] == "skip"}
+def left_out(found: dict, model: str) -> set[str]:
+    """Tests that were skipped and neither need weights nor are an exception."""
+    skipped = {cell["test"] for cell in found["results"] if cell["outcome"] == "skip"} - NEED_WEIGHTS
+    return {test for test in skipped if not any(fnmatch(test, pattern) for pattern in exceptions(model))}
 
 
 MODELS = [name for names in vitrail.zoo.list_families().values() for name in names]
+# Every run takes these; the others, alike but for their sizes, are left to `make test-all`.
+CHOSEN = [name for name in MODELS if name.endswith(("_tiny", "_small"))]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in CHOSEN]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*CHOSEN, *OTHERS])
 def test_timm_finds_no_fault_with(model: str, timm_sources: Path, tmp_path: Path) -> None:
     found = run_suite(model, timm_sources, tmp_path)
-    assert found["passed"] >= STANDARD
-    assert skipped(found) <= NEED_WEIGHTS
-    assert set(found["notes"][model]) <= {TOLERATED}
+    assert found["passed"] >= STANDARD - len(exceptions(model))
+    assert left_out(found, model) == set()
+    assert [x for x in found["notes"][model] if not any(fnmatch(x, known) for known in TOLERATED)] == []
 
 
 @pytest.mark.slow
@@ -101,4 +134,12 @@ def test_timm_finds_no_fault_with(model: str, timm_sources: Path, tmp_path: Path
 @pytest.mark.parametrize("model", MODELS)
 def test_timm_finds_no_fault_in_extended_tests_with(model: str, timm_sources: Path, tmp_path: Path) -> None:
     found = run_suite(model, timm_sources, tmp_path, "--extended")
-    assert found["passed"] >= EXTENDED
+    assert found["passed"] >= EXTENDED - len(exceptions(model))
+
+
+def test_exceptions_name_models_that_exist_and_the_rest_covers_every_family() -> None:
+    for _, models, reason in EXCEPTIONS:
+        assert reason
+        assert any(fnmatch(name, models) for name in MODELS), models
+    for family in vitrail.zoo.list_families():
+        assert {f"{family}_tiny", f"{family}_small"} <= set(CHOSEN) or family == "stvit"
