@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import ExportError
 
-AXES = ("batch", "height", "width")
-"""The axes that can be dynamic; their places in the (B, C, H, W) input are 0, 2 and 3."""
-_PLACES = {"batch": 0, "height": 2, "width": 3}
+PLACES = {"batch": 0, "height": 2, "width": 3}
+"""The axes that can be dynamic, and their places in the (B, C, H, W) input."""
+AXES = tuple(PLACES)
 INPUT = "input"
 """Name of the file's input."""
 
@@ -219,7 +219,7 @@ def capture(
     Raises:
         ExportError: the module can't be traced, or froze an axis that should be dynamic.
     """
-    dims: dict[int, Any] = {_PLACES[axis]: torch.export.Dim(axis, min=1) for axis in dynamic}
+    dims: dict[int, Any] = {PLACES[axis]: torch.export.Dim(axis, min=1) for axis in dynamic}
     # Without this, torch takes sizes apart into "one" and "more", and no range of heights is provable.
     sizes_are_plain = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     try:
@@ -239,8 +239,8 @@ def capture(
         raise ExportError(
             f"torch.export could not trace the model{_blame(error, module)}: {_first_line(error)}"
         ) from error
-    sizes = {axis: Sizes.of(dims[_PLACES[axis]]) for axis in dynamic}
-    frozen = [axis for axis in dynamic if isinstance(input_value(program).shape[_PLACES[axis]], int)]
+    sizes = {axis: Sizes.of(dims[PLACES[axis]]) for axis in dynamic}
+    frozen = [axis for axis in dynamic if isinstance(input_value(program).shape[PLACES[axis]], int)]
     if frozen:
         raise ExportError(_frozen_message(frozen))
     return program, sizes
@@ -263,14 +263,14 @@ def _refined(
         refined: dict[int, Any] = shapes[0]
     except torch._dynamo.exc.UserError:  # no suggestion in it
         refined = dims
-    frozen = [axis for axis in dynamic if isinstance(refined[_PLACES[axis]], int)]
+    frozen = [axis for axis in dynamic if isinstance(refined[PLACES[axis]], int)]
     if frozen:
         raise ExportError(_frozen_message(frozen)) from error
     for axis in dynamic:
-        dim = refined[_PLACES[axis]]
+        dim = refined[PLACES[axis]]
         lowest = _lowest(message, axis)
         if lowest is not None and isinstance(dim, torch.export.Dim) and dim.min < lowest <= dim.max:
-            refined[_PLACES[axis]] = torch.export.Dim(axis, min=lowest)
+            refined[PLACES[axis]] = torch.export.Dim(axis, min=lowest)
     if _described(refined) == _described(dims):
         raise ExportError(_constrained_message(message, dynamic)) from error
     return refined
@@ -290,9 +290,7 @@ def _constrained_message(message: str, dynamic: Sequence[str]) -> str:
     """What the model assumes of its sizes, in the axes' own names."""
     guards = re.findall(r"satisfy the generated guard (.+?)\.?$", message, re.MULTILINE)
     for axis in AXES:
-        guards = [
-            re.sub(rf"L\['\w+'\](\[0\])?\.size\(\)\[{_PLACES[axis]}\]", axis, guard) for guard in guards
-        ]
+        guards = [re.sub(rf"L\['\w+'\](\[0\])?\.size\(\)\[{PLACES[axis]}\]", axis, guard) for guard in guards]
     return (
         f"the model is not free in the {' and the '.join(dynamic)}: it takes for granted that "
         f"{'; '.join(guards[:3]) or _first_line(ValueError(message))}. Leave the axis out of dynamic, or write that "
@@ -314,10 +312,13 @@ class Sizes:
             return cls(multiple=int(found[1]))
         return cls(lowest=dim.min)
 
-    def __str__(self) -> str:
+    def describe(self, smallest: float) -> str:
+        """In words; `smallest` is the least size that the file was tried with."""
         if self.multiple > 1:
             return f"multiples of {self.multiple}"
-        return f"any (proven from {self.lowest} on)" if self.lowest > 1 else "any"
+        if self.lowest == 1:
+            return "any"
+        return f"any (proven from {self.lowest} on)" if smallest < self.lowest else f"{self.lowest} and more"
 
 
 def _described(dims: Mapping[int, Any]) -> list[tuple[str, int]]:
@@ -330,7 +331,7 @@ _SEARCHED = 1024
 
 def _lowest(message: str, axis: str) -> int | None:
     """The size from which on all guards hold that speak of this axis alone; None if there is none, or no such guard."""
-    size = re.compile(rf"L\['\w+'\](?:\[0\])?\.size\(\)\[{_PLACES[axis]}\]")
+    size = re.compile(rf"L\['\w+'\](?:\[0\])?\.size\(\)\[{PLACES[axis]}\]")
     guards = re.findall(r"satisfy the generated guard (.+?)\.?$", message, re.MULTILINE)
     guards = [size.sub("size", guard) for guard in guards if size.search(guard)]
     guards = [guard.replace("torch.sym_", "") for guard in guards if "L[" not in size.sub("", guard)]

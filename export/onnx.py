@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import AXES, Outputs, Sizes, capture, evaluation, input_value, prepared, quiet, translate
+from .capture import (
+    AXES,
+    PLACES,
+    Outputs,
+    Sizes,
+    capture,
+    evaluation,
+    input_value,
+    prepared,
+    quiet,
+    translate,
+)
 from .errors import ExportError
 from .files import check_target, write_atomically
 from .graph import GraphSummary, TensorInfo, advice, check, clean, summarize
@@ -205,7 +216,7 @@ def to_onnx(
         model=entries["model"],
         size_bytes=len(content),
         graph=summarize(proto),
-        dynamic={axis: str(sizes[axis]) for axis in axes},
+        dynamic={axis: sizes[axis].describe(_smallest(verification, axis)) for axis in axes},
         metadata=entries,
         seconds=clock.laps,
         verification=verification,
@@ -242,6 +253,11 @@ def _large(module: Outputs, example: Tensor, axes: Sequence[str]) -> Tensor:
     except Exception:  # then the graph, or the verification, says what the model has against it
         return example
     return larger
+
+
+def _smallest(verification: VerificationReport | None, axis: str) -> float:
+    checks = verification.checks if verification else ()
+    return min((check.shape[PLACES[axis]] for check in checks), default=float("inf"))
 
 
 class _Clock:
@@ -315,7 +331,7 @@ def _symbols(image: Tensor, axes: Sequence[str], sizes: Mapping[str, Sizes]) -> 
     """Names for torch's symbols: s77 is batch, 28*s3 is height and s3 alone is (height//28)."""
     names = {}
     for axis in axes:
-        traced = str(image.shape[{"batch": 0, "height": 2, "width": 3}[axis]])
+        traced = str(image.shape[PLACES[axis]])
         names[traced] = axis
         if sizes[axis].multiple > 1:
             names[traced.split("*")[-1]] = f"({axis}//{sizes[axis].multiple})"

@@ -293,14 +293,18 @@ def _sizes(info: TensorInfo, wanted: tuple[int, int], meta: Mapping[str, str]) -
 def _small(
     module: Outputs, usual: tuple[int, int], channels: int, batch: int, meta: Mapping[str, str]
 ) -> list[tuple[int, int]]:
-    """A size below what the export could prove (`vitrail.height_proven_from`), if the model takes any."""
-    proven = [int(meta.get(f"vitrail.{axis}_proven_from", 1)) for axis in ("height", "width")]
-    for divisor in (4, 2) if max(proven) > 1 else ():
-        size = [n // divisor if n > 1 else given for n, given in zip(proven, usual, strict=True)]
-        with contextlib.suppress(Exception):
-            module(noise(batch, channels, max(size[0], 1), max(size[1], 1), seed=0))
-            return [(max(size[0], 1), max(size[1], 1))]
-    return []
+    """A size below what the export could prove (`vitrail.height_proven_from`), as far as the model takes one."""
+    size = list(usual)
+    for i, axis in enumerate(("height", "width")):
+        lowest = int(meta.get(f"vitrail.{axis}_proven_from", 1))
+        for smaller in dict.fromkeys((lowest // 4, lowest // 2)):
+            tried = [smaller if j == i else n for j, n in enumerate(size)]
+            with contextlib.suppress(Exception):
+                if smaller > 0:
+                    module(noise(batch, channels, *tried, seed=0))
+                    size = tried
+                    break
+    return [(size[0], size[1])] if tuple(size) != usual else []
 
 
 def _compare(

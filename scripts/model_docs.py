@@ -109,6 +109,7 @@ def document() -> str:
 
 
 def main() -> int:
+    """Write the page or check it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
