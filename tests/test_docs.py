@@ -132,6 +132,7 @@ def test_every_dependency_is_accounted_for_and_no_other():
 def test_the_package_imports_what_it_declares():
     modules = {
         "PIL": "pillow",
+        "huggingface_hub": "huggingface-hub",
         "onnx_ir": "onnx-ir",
         "sklearn": "scikit-learn",
         "tensorrt_rtx": "tensorrt-rtx",
