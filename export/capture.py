@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import ExportError
 
-AXES = ("batch", "height", "width")
-"""The axes that can be dynamic; their places in the (B, C, H, W) input are 0, 2 and 3."""
-_PLACES = {"batch": 0, "height": 2, "width": 3}
+PLACES = {"batch": 0, "height": 2, "width": 3}
+"""The axes that can be dynamic, and their places in the (B, C, H, W) input."""
+AXES = tuple(PLACES)
 INPUT = "input"
 """Name of the file's input."""
 
@@ -203,20 +204,22 @@ def plain_operators(opset: int) -> Iterator[None]:
 
 def capture(
     module: Outputs, example: Tensor, dynamic: Sequence[str], opset: int
-) -> tuple[torch.export.ExportedProgram, dict[str, int]]:
+) -> tuple[torch.export.ExportedProgram, dict[str, Sizes]]:
     """Trace `module` and prove that the graph holds for every size of the dynamic axes.
 
     Named dimensions make torch.export check each assumption that the trace took against the whole range
     of sizes. (torch.onnx.export called on a module skips that check: a batch size that went through Python
     arithmetic, `B = int(windows.shape[0] / n)`, is then frozen without a word.)
 
+    A place that treats a size of 1 by itself (layouts of memory do) limits what can be proven to larger images.
+
     Returns:
-        the program, and for each dynamic axis the number that its size must be a multiple of.
+        the program, and for each dynamic axis the sizes that the proof covers.
 
     Raises:
         ExportError: the module can't be traced, or froze an axis that should be dynamic.
     """
-    dims: dict[int, Any] = {_PLACES[axis]: torch.export.Dim(axis, min=1) for axis in dynamic}
+    dims: dict[int, Any] = {PLACES[axis]: torch.export.Dim(axis, min=1) for axis in dynamic}
     # Without this, torch takes sizes apart into "one" and "more", and no range of heights is provable.
     sizes_are_plain = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     try:
@@ -236,17 +239,17 @@ def capture(
         raise ExportError(
             f"torch.export could not trace the model{_blame(error, module)}: {_first_line(error)}"
         ) from error
-    multiples = {axis: _multiple(dims[_PLACES[axis]]) for axis in dynamic}
-    frozen = [axis for axis in dynamic if isinstance(input_value(program).shape[_PLACES[axis]], int)]
+    sizes = {axis: Sizes.of(dims[PLACES[axis]]) for axis in dynamic}
+    frozen = [axis for axis in dynamic if isinstance(input_value(program).shape[PLACES[axis]], int)]
     if frozen:
         raise ExportError(_frozen_message(frozen))
-    return program, multiples
+    return program, sizes
 
 
 def _refined(
     error: torch._dynamo.exc.UserError, dims: dict[int, Any], dynamic: Sequence[str]
 ) -> dict[int, Any]:
-    """Dimensions as torch.export suggests them (`height = 28*_height`).
+    """Dimensions as torch.export suggests them (`height = 28*_height`), or from the size on at which its guards hold.
 
     Raises:
         ExportError: it suggests to freeze one, or has nothing to suggest.
@@ -260,10 +263,15 @@ def _refined(
         refined: dict[int, Any] = shapes[0]
     except torch._dynamo.exc.UserError:  # no suggestion in it
         refined = dims
-    frozen = [axis for axis in dynamic if isinstance(refined[_PLACES[axis]], int)]
+    frozen = [axis for axis in dynamic if isinstance(refined[PLACES[axis]], int)]
     if frozen:
         raise ExportError(_frozen_message(frozen)) from error
-    if list(map(repr, refined.values())) == list(map(repr, dims.values())):
+    for axis in dynamic:
+        dim = refined[PLACES[axis]]
+        lowest = _lowest(message, axis)
+        if lowest is not None and isinstance(dim, torch.export.Dim) and dim.min < lowest <= dim.max:
+            refined[PLACES[axis]] = torch.export.Dim(axis, min=lowest)
+    if _described(refined) == _described(dims):
         raise ExportError(_constrained_message(message, dynamic)) from error
     return refined
 
@@ -282,9 +290,7 @@ def _constrained_message(message: str, dynamic: Sequence[str]) -> str:
     """What the model assumes of its sizes, in the axes' own names."""
     guards = re.findall(r"satisfy the generated guard (.+?)\.?$", message, re.MULTILINE)
     for axis in AXES:
-        guards = [
-            re.sub(rf"L\['\w+'\](\[0\])?\.size\(\)\[{_PLACES[axis]}\]", axis, guard) for guard in guards
-        ]
+        guards = [re.sub(rf"L\['\w+'\](\[0\])?\.size\(\)\[{PLACES[axis]}\]", axis, guard) for guard in guards]
     return (
         f"the model is not free in the {' and the '.join(dynamic)}: it takes for granted that "
         f"{'; '.join(guards[:3]) or _first_line(ValueError(message))}. Leave the axis out of dynamic, or write that "
@@ -292,9 +298,53 @@ def _constrained_message(message: str, dynamic: Sequence[str]) -> str:
     )
 
 
-def _multiple(dim: Any) -> int:
-    """28 for the dimension `28*_height`, 1 for a free one."""
-    return int(found[1]) if (found := re.match(r"(\d+)\*", dim.__name__)) else 1
+@dataclass(frozen=True)
+class Sizes:
+    """What an open axis may be: multiples of a number, from a size on."""
+
+    multiple: int = 1
+    lowest: int = 1
+
+    @classmethod
+    def of(cls, dim: Any) -> Sizes:
+        """Of `28*_height` the multiple, of a dimension with a name of its own its least value."""
+        if found := re.match(r"(\d+)\*", dim.__name__):
+            return cls(multiple=int(found[1]))
+        return cls(lowest=dim.min)
+
+    def describe(self, smallest: float) -> str:
+        """In words; `smallest` is the least size that the file was tried with."""
+        if self.multiple > 1:
+            return f"multiples of {self.multiple}"
+        if self.lowest == 1:
+            return "any"
+        return f"any (proven from {self.lowest} on)" if smallest < self.lowest else f"{self.lowest} and more"
+
+
+def _described(dims: Mapping[int, Any]) -> list[tuple[str, int]]:
+    return [(dim.__name__, getattr(dim, "min", 1)) for dim in dims.values()]
+
+
+_SEARCHED = 1024
+"""Up to this size the guards are tried out; what holds for the last half of it is worth another trace."""
+
+
+def _lowest(message: str, axis: str) -> int | None:
+    """The size from which on all guards hold that speak of this axis alone; None if there is none, or no such guard."""
+    size = re.compile(rf"L\['\w+'\](?:\[0\])?\.size\(\)\[{PLACES[axis]}\]")
+    guards = re.findall(r"satisfy the generated guard (.+?)\.?$", message, re.MULTILINE)
+    guards = [size.sub("size", guard) for guard in guards if size.search(guard)]
+    guards = [guard.replace("torch.sym_", "") for guard in guards if "L[" not in size.sub("", guard)]
+    names = {"__builtins__": {}, "min": min, "max": max, "IntInfinity": lambda: math.inf}
+    try:
+        tests = [compile(guard, "guard", "eval") for guard in guards]
+        failing = [
+            n for n in range(1, _SEARCHED) if not all(eval(test, names, {"size": n}) for test in tests)
+        ]
+    except Exception:  # written in other words than these
+        return None
+    lowest = max(failing, default=0) + 1
+    return lowest if tests and lowest <= _SEARCHED // 2 else None
 
 
 def input_value(program: torch.export.ExportedProgram) -> Tensor:

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import AXES, Outputs, capture, evaluation, input_value, prepared, quiet, translate
+from .capture import (
+    AXES,
+    PLACES,
+    Outputs,
+    Sizes,
+    capture,
+    evaluation,
+    input_value,
+    prepared,
+    quiet,
+    translate,
+)
 from .errors import ExportError
 from .files import check_target, write_atomically
 from .graph import GraphSummary, TensorInfo, advice, check, clean, summarize
@@ -30,6 +41,7 @@ _ONE_FILE = 2**31 - 2**24
 """Bytes of weights that fit in one file: protobuf ends at 2 GiB, less some room for the graph."""
 
 TRACED_BATCH = 2  # 0 and 1 are special to torch.export
+_LARGE = 256
 
 
 @dataclass(frozen=True)
@@ -153,10 +165,14 @@ def to_onnx(
     with evaluation(module):
         say("running the model once")
         names = _dry_run(module, example)
+        open_sides = [axis for axis in axes if axis != "batch"]
+        if open_sides:
+            _check_free(model, size, open_sides)
+            example = _large(module, example, open_sides)
         clock = _Clock()
         with quiet():
             say("tracing the model")
-            program, multiples = capture(module, example, axes, opset)
+            program, sizes = capture(module, example, axes, opset)
             clock.lap("trace")
             say("translating to ONNX")
             onnx_program = translate(program, opset)
@@ -166,8 +182,8 @@ def to_onnx(
             clock.lap("optimise")
     say("checking the graph")
     proto = onnx_program.model_proto
-    clean(proto, _symbols(input_value(program), axes, multiples))
-    entries = _metadata(model, size, channels, axes, multiples, opset, prepare)
+    clean(proto, _symbols(input_value(program), axes, sizes))
+    entries = _metadata(model, size, channels, axes, sizes, opset, prepare)
     entries.update({key: _text(value) for key, value in (metadata or {}).items()})
     del proto.metadata_props[:]
     for key, value in entries.items():
@@ -200,12 +216,48 @@ def to_onnx(
         model=entries["model"],
         size_bytes=len(content),
         graph=summarize(proto),
-        dynamic={a: "any" if multiples[a] == 1 else f"multiples of {multiples[a]}" for a in axes},
+        dynamic={axis: sizes[axis].describe(_smallest(verification, axis)) for axis in axes},
         metadata=entries,
         seconds=clock.laps,
         verification=verification,
         notes=tuple(_notes(opset, verify) + advice(proto)),
     )
+
+
+def _check_free(model: nn.Module, size: tuple[int, int], axes: Sequence[str]) -> None:
+    """Refuse open sides where the model was built for one size, by what it says of itself."""
+    config = pretrained_cfg(model)
+    flexible = getattr(model, "dynamic_img_size", False) or not getattr(
+        getattr(model, "patch_embed", None), "strict_img_size", True
+    )
+    if config.get("fixed_input_size") and not flexible:
+        raise ExportError(
+            f"{config.get('architecture') or type(model).__name__} has weights for {size[0]} x {size[1]} only: their "
+            f"shapes depend on the image's size, so {' and '.join(axes)} can't stay open. Leave "
+            f"{'them' if len(axes) > 1 else 'it'} out of dynamic; for another size create the model with img_size=..."
+        )
+
+
+def _large(module: Outputs, example: Tensor, axes: Sequence[str]) -> Tensor:
+    """An example to trace open sides with: a multiple of the wanted one, so large that no map shrinks to one token.
+
+    A size of 1 is special to torch, and what is traced with it holds for nothing else.
+    """
+    batch, channels, *size = example.shape
+    for i, axis in enumerate(("height", "width")):
+        if axis in axes:
+            size[i] *= -(-_LARGE // size[i])
+    larger = noise(batch, channels, *size, seed=0)
+    try:
+        module(larger)
+    except Exception:  # then the graph, or the verification, says what the model has against it
+        return example
+    return larger
+
+
+def _smallest(verification: VerificationReport | None, axis: str) -> float:
+    checks = verification.checks if verification else ()
+    return min((check.shape[PLACES[axis]] for check in checks), default=float("inf"))
 
 
 class _Clock:
@@ -275,14 +327,14 @@ def _dry_run(module: Outputs, example: Tensor) -> list[str]:
     return module.names
 
 
-def _symbols(image: Tensor, axes: Sequence[str], multiples: Mapping[str, int]) -> dict[str, str]:
+def _symbols(image: Tensor, axes: Sequence[str], sizes: Mapping[str, Sizes]) -> dict[str, str]:
     """Names for torch's symbols: s77 is batch, 28*s3 is height and s3 alone is (height//28)."""
     names = {}
     for axis in axes:
-        traced = str(image.shape[{"batch": 0, "height": 2, "width": 3}[axis]])
+        traced = str(image.shape[PLACES[axis]])
         names[traced] = axis
-        if multiples[axis] > 1:
-            names[traced.split("*")[-1]] = f"({axis}//{multiples[axis]})"
+        if sizes[axis].multiple > 1:
+            names[traced.split("*")[-1]] = f"({axis}//{sizes[axis].multiple})"
     return names
 
 
@@ -291,7 +343,7 @@ def _metadata(
     size: tuple[int, int],
     channels: int,
     axes: Sequence[str],
-    multiples: Mapping[str, int],
+    sizes: Mapping[str, Sizes],
     opset: int,
     prepare: Preprocessing,
 ) -> dict[str, str]:
@@ -308,7 +360,8 @@ def _metadata(
         "opset": opset,
         "vitrail": _version("vitrail"),
         "torch": torch.__version__,
-        **{f"vitrail.{a}_multiple": multiples[a] for a in axes if multiples[a] > 1},
+        **{f"vitrail.{axis}_multiple": s.multiple for axis, s in sizes.items() if s.multiple > 1},
+        **{f"vitrail.{axis}_proven_from": s.lowest for axis, s in sizes.items() if s.lowest > 1},
     }
     return {key: _text(value) for key, value in entries.items() if value is not None}
 

@@ -10,6 +10,7 @@ error and fails, and it is for the caller to look at it and to raise `rtol`, or 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -177,18 +178,19 @@ def verify_onnx(
     model = prepared(model)
     say("loading the file into ONNX Runtime")
     session = open_session(content)
-    image_input, outputs, multiples = _interface(content)
+    image_input, outputs, meta = _interface(content)
     channels = image_input.shape[1]
     if not isinstance(channels, int):
         raise ExportError(f"the file's input {image_input} has an open number of channels")
     batches = BATCHES if isinstance(image_input.shape[0], str) else (int(image_input.shape[0]),)
-    sizes = _sizes(image_input, default_size(model, img_size), multiples)
+    sizes = _sizes(image_input, default_size(model, img_size), meta)
     module = Outputs(model, features=outputs[0].name == "stage0")
     loaded = [load_image(photo) for photo in photos]
 
     checks: list[Check] = []
-    steps = [(size, batch) for size in sizes for batch in (batches if size == sizes[0] else batches[-1:])]
     with evaluation(module):
+        sizes += _small(module, sizes[0], channels, batches[-1], meta)
+        steps = [(size, batch) for size in sizes for batch in (batches if size == sizes[0] else batches[-1:])]
         for size, batch in steps:
             for source in ("photos", "noise"):
                 say(f"comparing on {source}, {batch} x {channels} x {size[0]} x {size[1]}")
@@ -259,8 +261,8 @@ def _runtime_name() -> str:
     return f"onnxruntime {onnxruntime.__version__} CPU, {torch.get_num_threads()} threads"
 
 
-def _interface(content: bytes) -> tuple[TensorInfo, tuple[TensorInfo, ...], dict[str, int]]:
-    """The file's image input, its outputs, and what its open sizes must be multiples of."""
+def _interface(content: bytes) -> tuple[TensorInfo, tuple[TensorInfo, ...], dict[str, str]]:
+    """The file's image input, its outputs, and its metadata."""
     import onnx
 
     proto = onnx.load_from_string(content)
@@ -270,11 +272,10 @@ def _interface(content: bytes) -> tuple[TensorInfo, tuple[TensorInfo, ...], dict
             f"expected a file with one (B, C, H, W) input, got {', '.join(map(str, summary.inputs))}"
         )
     meta = {entry.key: entry.value for entry in proto.metadata_props}
-    multiples = {axis: int(meta.get(f"vitrail.{axis}_multiple", 1)) for axis in ("height", "width")}
-    return summary.inputs[0], summary.outputs, multiples
+    return summary.inputs[0], summary.outputs, meta
 
 
-def _sizes(info: TensorInfo, wanted: tuple[int, int], multiples: Mapping[str, int]) -> list[tuple[int, int]]:
+def _sizes(info: TensorInfo, wanted: tuple[int, int], meta: Mapping[str, str]) -> list[tuple[int, int]]:
     """Image sizes to try: the wanted one, and where an axis is open a second one that is odd if it may be."""
     first, second = [], []
     for axis, size, want, shift in zip(("height", "width"), info.shape[2:], wanted, (37, -13), strict=True):
@@ -282,11 +283,28 @@ def _sizes(info: TensorInfo, wanted: tuple[int, int], multiples: Mapping[str, in
             first.append(size)
             second.append(size)
             continue
-        step = multiples[axis]
+        step = int(meta.get(f"vitrail.{axis}_multiple", 1))
         first.append(max(step, want // step * step))
         second.append(first[-1] + (step if step > 1 else max(shift, 1 - first[-1])))
     sizes = [(first[0], first[1]), (second[0], second[1])]
     return list(dict.fromkeys(sizes))
+
+
+def _small(
+    module: Outputs, usual: tuple[int, int], channels: int, batch: int, meta: Mapping[str, str]
+) -> list[tuple[int, int]]:
+    """A size below what the export could prove (`vitrail.height_proven_from`), as far as the model takes one."""
+    size = list(usual)
+    for i, axis in enumerate(("height", "width")):
+        lowest = int(meta.get(f"vitrail.{axis}_proven_from", 1))
+        for smaller in dict.fromkeys((lowest // 4, lowest // 2)):
+            tried = [smaller if j == i else n for j, n in enumerate(size)]
+            with contextlib.suppress(Exception):
+                if smaller > 0:
+                    module(noise(batch, channels, *tried, seed=0))
+                    size = tried
+                    break
+    return [(size[0], size[1])] if tuple(size) != usual else []
 
 
 def _compare(

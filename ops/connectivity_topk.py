@@ -195,12 +195,11 @@ def connectivity_topk(
         ValueError: shapes or devices that do not fit, a number or threshold out of range, or both where one is due.
         IndexError: a candidate that names no token.
     """
-    logits, basis = logits.detach(), basis.detach()
     settings = (num_keys, num_coefficients, coefficient_threshold, basis_threshold, score_threshold)
     if torch.jit.is_scripting():
         return torch.ops.vitrail.connectivity_topk(
-            logits,
-            basis,
+            logits.detach(),
+            basis.detach(),
             candidates,
             num_keys,
             num_coefficients,
@@ -209,6 +208,7 @@ def connectivity_topk(
             score_threshold,
         )
     _check(logits, basis, *settings, candidates)
+    logits, basis = logits.detach(), basis.detach()
     if library.mode() == "reference":
         if candidates is not None and holds_values(candidates):
             _check_candidates_in_range(candidates, basis.shape[1])

@@ -11,9 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def is_zero(n: int) -> bool:
+    """Whether a number is zero; of an open size, whether it is for every value, which ties a graph to nothing."""
+    if torch.jit.is_scripting() or not isinstance(n, torch.SymInt):
+        return n == 0
+    else:
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(n == 0)
+
+
 def ceil_div(a: int, b: int) -> int:
-    """Number of pieces of size `b` that cover `a`; integer arithmetic only, so that symbolic sizes stay exact."""
-    return (a + b - 1) // b
+    """Number of pieces of size `b` that cover `a`, in integer arithmetic alone.
+
+    Open sizes stay as provable as they can be: n * s tokens are n pieces of s whatever s is, and any other number of
+    pieces is one term (the numerator is odd, the denominator even: nothing can be split off), which cancels later.
+    """
+    return a // b if is_zero(a % b) else (2 * a + 2 * b - 1) // (2 * b)
 
 
 def region_count(x: Tensor, region_size: List[int]) -> int:
@@ -21,42 +35,47 @@ def region_count(x: Tensor, region_size: List[int]) -> int:
     return ceil_div(x.shape[1], region_size[0]) * ceil_div(x.shape[2], region_size[1])
 
 
+def crop_grid(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left `(B, height, width, C)` of a grid."""
+    more_h, more_w = x.shape[1] - height, x.shape[2] - width
+    if is_zero(more_h) and is_zero(more_w):
+        return x
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads the first as constant)
+        if is_symbolic(
+            x
+        ):  # what a slice leaves is the smaller of two sizes, and no longer the one that is wanted
+            return F.pad(x, (0, 0, 0, -more_w, 0, -more_h))
+    return x[:, :height, :width]
+
+
+@torch.jit.unused
 def is_symbolic(x: Tensor) -> bool:
-    """Whether height or width of `(B, H, W, C)` are open, so that a comparison would tie a graph to its outcome."""
-    return isinstance(x.shape[1], torch.SymInt) or isinstance(x.shape[2], torch.SymInt)
+    """Whether sizes of a tensor are open: then a comparison of them would tie the graph to its outcome."""
+    return any(isinstance(size, torch.SymInt) for size in x.shape)
+
+
+def relaid(x: Tensor, shape: List[int]) -> Tensor:
+    """A transposed tensor in another shape. `reshape` compares sizes to find out whether it must copy."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads the first as constant)
+        if is_symbolic(x):
+            return x.clone(memory_format=torch.contiguous_format).view(shape)
+    return x.reshape(shape)
 
 
 def pad_grid(x: Tensor, height: int, width: int, fill: Optional[Tensor] = None) -> Tensor:
     """Extend `(B, H, W, C)` at the bottom and right to `(B, height, width, C)` with zeros, or with the token `fill`."""
     b, h, w, c = x.shape
-    fixed = torch.jit.is_scripting() or not is_symbolic(x)
-    if fixed and h == height and w == width:
+    if is_zero(height - h) and is_zero(width - w):
         return x
-    if fill is not None and fixed:
-        x = torch.cat([x, fill.expand(b, h, width - w, c)], 2)
-        return torch.cat([x, fill.expand(b, height - h, width, c)], 1)
-    x = F.pad(x, (0, 0, 0, width - w, 0, height - h))
     if fill is None:
-        return x
-    # of open sizes it is not known whether there is anything to fill, so everything may be
-    rows, columns = torch.arange(height, device=x.device) < h, torch.arange(width, device=x.device) < w
-    return torch.where((rows[:, None] & columns)[:, :, None], x, fill)
-
-
-def crop_grid(x: Tensor, height: int, width: int) -> Tensor:
-    """The top left `height` x `width` of a `(B, H, W, C)` grid."""
-    if torch.jit.is_scripting() or not is_symbolic(x):
-        return x[:, :height, :width]
-    # a slice would tie the graph to which of the sizes is the smaller
-    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    return x.index_select(1, rows).index_select(2, columns)
-
-
-def _laid_out(x: Tensor, shape: List[int]) -> Tensor:
-    """`x.reshape(shape)` of a transposed grid; open sizes copy always, as whether they must depends on them."""
-    if torch.jit.is_scripting() or not any(isinstance(n, torch.SymInt) for n in x.shape[1:]):
-        return x.reshape(shape)
-    return x.clone(memory_format=torch.contiguous_format).view(shape)
+        return F.pad(x, (0, 0, 0, width - w, 0, height - h))
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads the first as constant)
+        if is_symbolic(x):  # the filled rows may be none, which `expand` does not take on trust
+            rows, cols = torch.arange(height, device=x.device) < h, torch.arange(width, device=x.device) < w
+            inside = (rows[:, None] & cols).unsqueeze(-1)
+            return torch.where(inside, F.pad(x, (0, 0, 0, width - w, 0, height - h)), fill)
+    x = torch.cat([x, fill.expand(b, h, width - w, c)], 2)
+    return torch.cat([x, fill.expand(b, height - h, width, c)], 1)
 
 
 def partition(x: Tensor, region_size: List[int]) -> Tensor:
@@ -65,7 +84,7 @@ def partition(x: Tensor, region_size: List[int]) -> Tensor:
     rh, rw = region_size
     nh, nw = ceil_div(h, rh), ceil_div(w, rw)
     x = pad_grid(x, nh * rh, nw * rw)
-    return _laid_out(x.reshape(b, nh, rh, nw, rw, c).transpose(2, 3), [b, nh * nw, rh * rw, c])
+    return relaid(x.reshape(b, nh, rh, nw, rw, c).transpose(2, 3), [b, nh * nw, rh * rw, c])
 
 
 def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
@@ -73,7 +92,7 @@ def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
     b, _, _, c = x.shape
     rh, rw = region_size
     nh, nw = ceil_div(height, rh), ceil_div(width, rw)
-    x = _laid_out(x.reshape(b, nh, nw, rh, rw, c).transpose(2, 3), [b, nh * rh, nw * rw, c])
+    x = relaid(x.reshape(b, nh, nw, rh, rw, c).transpose(2, 3), [b, nh * rh, nw * rw, c])
     return crop_grid(x, height, width)
 
 

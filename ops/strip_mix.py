@@ -9,6 +9,7 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from ._checks import check_grid, check_parameter
 from ._operator import Operator, wide_dtype
@@ -68,7 +69,7 @@ class _StripMix(Operator):
             grad, weight.flip(0).transpose(1, 2), None, axis
         )  # the transposed mixing is a mixing
         grad, x = _strips(grad.to(wide), axis), _strips(x.to(wide), axis)
-        grad_kernel = torch.nn.grad.conv2d_weight(
+        grad_kernel = conv2d_weight(
             _fold(x, groups), (groups * n, n, 1, 3), _fold(grad, groups), *_geometry(x, weight)
         )
         grad_weight = grad_kernel.view(groups, n, n, 3).permute(3, 1, 2, 0).to(weight.dtype)

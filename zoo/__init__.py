@@ -2,14 +2,14 @@
 
 from timm.models import list_models
 
-from . import biformer, davit_fused, sparsifiner, sparsifiner_lvvit, stripmlp, stvit
+from . import biformer, davit_fused, sparsifiner, sparsifiner_lvvit, stripmlp, stvit_deit, stvit_swin
 
 FAMILIES = {
     "biformer": (biformer,),
     "davit_fused": (davit_fused,),
     "sparsifiner": (sparsifiner, sparsifiner_lvvit),
     "stripmlp": (stripmlp,),
-    "stvit": (stvit,),
+    "stvit": (stvit_deit, stvit_swin),
 }
 
 

@@ -35,7 +35,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from ..ops import region_route, routed_attention
-from ..ops.regions import merge, partition, region_count, region_means
+from ..ops.regions import crop_grid, merge, partition, region_count, region_means
 from .layers import Stage, StagedBackbone, check_image, depthwise_conv, pad_to_multiple
 from .weights import build_model, check_state_dict
 
@@ -48,7 +48,10 @@ for _function in (region_route, routed_attention, region_means, partition, merge
 @register_notrace_function
 def region_size_of(x: Tensor, n_win: int) -> List[int]:
     """Size of a region when a `(B, H, W, C)` map is cut into (about) `n_win` x `n_win` of them; at least one token."""
-    return [max(x.shape[1] // n_win, 1), max(x.shape[2] // n_win, 1)]
+    h, w = x.shape[1] // n_win, x.shape[2] // n_win
+    if isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt):
+        return [h, w]
+    return [max(h, 1), max(w, 1)]
 
 
 @register_notrace_function
@@ -216,7 +219,7 @@ class BiLevelRoutingAttention(nn.Module):
         )
         if self.lepe is not None:
             x = x + self.lepe(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(x[:, :h, :w])
+        return self.proj(crop_grid(x, h, w))
 
 
 class FullAttention(nn.Module):

@@ -93,7 +93,7 @@ class StagedBackbone(nn.Module):
 
     if TYPE_CHECKING:  # TorchScript would hold the modules to these very types
         stem: nn.Module
-        stages: nn.Sequential
+        stages: Any
         norm: nn.Module
         head: ClassifierHead
         feature_info: List[dict[str, Any]]

@@ -105,11 +105,11 @@ class ConnectivityPredictor(nn.Module):
 
     def logits(self, q: Tensor, k: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
         """Logits of the coefficients, `(B, heads, queries, num_basis)`, for queries and keys as in `forward`."""
-        down = self.token_down if tokens is None else self.token_down[tokens]
+        down = self.token_down.expand(k.shape[0], -1, -1) if tokens is None else self.token_down[tokens]
         heads = [self.num_heads, k.shape[2] // self.num_heads]
         # all projections are linear, so they act on the few compressed keys: tokens stay as they are
-        keys = F.linear((down.transpose(-2, -1) @ k).unflatten(2, heads), self.k_down.weight)
-        keys = (keys + down.sum(-2)[..., None, None] * self.k_down.bias) * self.scale
+        keys = F.linear((down.transpose(1, 2) @ k).unflatten(2, heads), self.k_down.weight)
+        keys = (keys + down.sum(1)[:, :, None, None] * self.k_down.bias) * self.scale
         offset = (keys * self.q_down.bias).sum(-1).transpose(1, 2).unsqueeze(2)
         keys = (keys @ self.q_down.weight).permute(0, 2, 3, 1)
         return q.unflatten(2, heads).transpose(1, 2) @ keys + offset

@@ -44,10 +44,13 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..ops import strip_mix
-from .layers import StagedBackbone
+from .layers import StagedBackbone, check_img_size
 from .weights import build_model, check_state_dict
 
 register_notrace_function(strip_mix)  # it branches on sizes, which torch.fx cannot follow
+torch.fx.wrap(
+    "check_img_size"
+)  # likewise; it comes before any module of this file, when timm looks at functions
 
 # --- weights of one size for another ----------------------------------------------------------------------------------
 
@@ -85,17 +88,14 @@ def resample_table(table: Tensor, extent: int) -> Tensor:
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     distance = torch.arange(-extent, extent + 1, device=table.device, dtype=wide.dtype) * (old / extent)
     place = distance.clamp(1 - old, old - 1) + old
-    below = place.floor().clamp(max=2 * old - 2)
-    share = (place - below)[:, None]
-    return torch.lerp(wide[below.long()], wide[below.long() + 1], share).to(table.dtype)
+    below = place.floor().long()
+    above = (below + 1).clamp(max=2 * old - 1)
+    return torch.lerp(wide[below], wide[above], (place - below)[:, None]).to(table.dtype)
 
 
-def _replace(module: nn.Module, **tensors: Tensor) -> None:
-    """New values for parameters, which may differ in shape; what was frozen stays so."""
-    for name, value in tensors.items():
-        parameter = getattr(module, name)
-        if parameter is not value:
-            setattr(module, name, nn.Parameter(value.detach(), requires_grad=parameter.requires_grad))
+def _resampled(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+    """A parameter with new values, of another shape unless they are the old ones; what was frozen stays so."""
+    return old if new is old else nn.Parameter(new.detach(), requires_grad=old.requires_grad)
 
 
 # --- cascade group strip mixing (section 3.2) -------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class RelativePosition(nn.Module):
     def set_input_size(self, size: Tuple[int, int]) -> None:
         """Serve maps of another size."""
         self.size = size
-        _replace(self, table=resample_table(self.table, max(size)))
+        self.table = _resampled(self.table, resample_table(self.table, max(size)))
         self.init_non_persistent_buffers()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class StripLayer(nn.Module):
     def set_input_size(self, length: int) -> None:
         """Serve strips of another length."""
         weight, bias = resample_strips(self.weight, self.bias, length)
-        _replace(self, weight=weight, bias=bias)
+        self.weight, self.bias = _resampled(self.weight, weight), _resampled(self.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return strip_mix(x, self.weight, self.bias, self.axis)
@@ -333,19 +333,6 @@ class StripMLPStage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-@torch.fx.wrap  # called before any module of this file, so timm's registration would come too late
-def check_image_size(x: Tensor, in_chans: int, size: Tuple[int, int]) -> None:
-    """Refuse images that the network was not made for."""
-    if x.dim() != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"expected images of shape (batch, {in_chans}, height, width), got {list(x.shape)}")
-    h, w = x.shape[2], x.shape[3]
-    if h != size[0] or w != size[1]:
-        raise ValueError(
-            f"this model takes images of {size[0]} x {size[1]} pixels, got {h} x {w}; resize the images, or the model "
-            "with set_input_size(img_size=...), or build it with img_size=..."
-        )
-
-
 class StripMLP(StagedBackbone):
     """Strip-MLP for images of one size.
 
@@ -381,6 +368,8 @@ class StripMLP(StagedBackbone):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        if not isinstance(patch_size, int) or patch_size < 1:
+            raise ValueError(f"patch_size must be a positive integer, got {patch_size}")
         if len(depths) != 4:
             raise ValueError(f"depths must have four entries, one per stage, got {tuple(depths)}")
         self.in_chans = in_chans
@@ -390,21 +379,14 @@ class StripMLP(StagedBackbone):
         self.img_size = self._valid_size(img_size)
 
         self.stem = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, bias=False, **dd)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = [[drop_path_rate] * depth for depth in depths]
+        if not uniform_drop_path:
+            rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
-        for i, depth in enumerate(depths):
+        for i in range(4):
             dim = embed_dim * 2**i
-            blocks = [
-                StripMLPBlock(
-                    dim,
-                    self._map_size(i),
-                    mlp_ratio,
-                    drop_path_rate if uniform_drop_path else rates[i][j],
-                    **dd,
-                )
-                for j in range(depth)
-            ]
+            blocks = [StripMLPBlock(dim, self._map_size(i), mlp_ratio, rate, **dd) for rate in rates[i]]
             stages.append(StripMLPStage(dim // 2, dim, i, blocks, **dd))
             self.feature_info.append(
                 {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"}
@@ -418,22 +400,20 @@ class StripMLP(StagedBackbone):
 
     def _valid_size(self, img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
         """Height and width, if the network can be made for them."""
-        size, multiple = to_2tuple(img_size), 8 * self.patch_size
-        if len(size) != 2 or min(size) < 1 or any(n % multiple for n in size):
-            lower, upper = (
-                " x ".join(str(max(n // multiple + up * (n % multiple > 0), 1) * multiple) for n in size)
-                for up in (0, 1)
-            )
+        height, width = to_2tuple(img_size)
+        step = 8 * self.patch_size
+        if min(height, width) < 1 or height % step or width % step:
+            below = [max(n // step, 1) * step for n in (height, width)]
+            above = [max(-(-n // step), 1) * step for n in (height, width)]
             raise ValueError(
-                f"img_size must be a multiple of {multiple} (8 times the patch size) in height and width, got "
-                f"{' x '.join(map(str, size))}; the nearest are {lower}" + f" and {upper}" * (lower != upper)
+                f"img_size must be a multiple of {step} (8 times the patch size) in height and width, got {height} x "
+                f"{width}; the nearest are {below[0]} x {below[1]} and {above[0]} x {above[1]}"
             )
-        return size[0], size[1]
+        return height, width
 
     def _map_size(self, stage: int) -> Tuple[int, int]:
-        return self.img_size[0] // (self.patch_size * 2**stage), self.img_size[1] // (
-            self.patch_size * 2**stage
-        )
+        reduction = self.patch_size * 2**stage
+        return self.img_size[0] // reduction, self.img_size[1] // reduction
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> None:
@@ -460,7 +440,7 @@ class StripMLP(StagedBackbone):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to the map that enters stage 1."""
-        check_image_size(x, self.in_chans, self.img_size)
+        check_img_size(x, self.in_chans, self.img_size[0], self.img_size[1])
         # channels last from here on: the blocks work on (B, H, W, C), and no map is ever laid out anew
         return self.stem(x.contiguous(memory_format=torch.channels_last))
 
@@ -575,6 +555,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: "StripMLP") -> di
     return state_dict
 
 
+_ADVICE = (
+    "the authors' files are on pan.baidu.com, linked from github.com/Med-Process/Strip_MLP; download one by hand and "
+    "pass pretrained_cfg_overlay=dict(file=...), or convert it to safetensors once with `vitrail convert`"
+)
+
+
 def _create_stripmlp(variant: str, pretrained: bool = False, **kwargs: Any) -> StripMLP:
     feature_cfg: dict[str, Any] = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3))}
     # timm's list and dict run stages one after the other, without the skips; these give the same list and dict
@@ -590,6 +576,7 @@ def _create_stripmlp(variant: str, pretrained: bool = False, **kwargs: Any) -> S
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
+        advice="train it, that takes minutes" if variant == "stripmlp_pico" else _ADVICE,
         **kwargs,
     )
 
@@ -614,7 +601,6 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# the authors' files lie on a file-sharing site, out of reach of a program
 default_cfgs = generate_default_cfgs(
     {
         "stripmlp_tiny_light": _cfg(),

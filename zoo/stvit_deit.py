@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..ops.regions import ceil_div
 from .layers import check_img_size, check_patches
-from .stvit_tokens import CrossAttention, CrossLayer, max_pool_bins
+from .stvit import CrossAttention, CrossLayer, max_pool_bins
 from .stvit_weights import ADVICE
 from .stvit_weights import deit_filter_fn as checkpoint_filter_fn
 from .weights import build_model

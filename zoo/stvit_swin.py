@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from ..ops import window_attention
 from ..ops.regions import ceil_div
 from .layers import StagedBackbone, check_image
-from .stvit_tokens import (
+from .stvit import (
     CenterLayer,
     CrossAttention,
     CrossLayer,

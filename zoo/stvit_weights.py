@@ -11,7 +11,7 @@ from typing import Any, Optional, Tuple
 from timm.layers import RelPosBias, resample_abs_pos_embed
 from torch import Tensor
 
-from .stvit_tokens import resize_grid, resize_relative_table
+from .stvit import resize_grid, resize_relative_table
 from .weights import check_state_dict
 
 ADVICE = (
@@ -37,10 +37,10 @@ def _take_apart(state_dict: dict[str, Tensor], own: dict[str, Tensor]) -> dict[s
 def _start(
     trunk: str, state_dict: dict[str, Tensor], own: dict[str, Tensor], unused: list[str]
 ) -> dict[str, Tensor]:
-    """The trunk's weights without those that have no use here; what it lacks stays as it was initialised."""
+    """The trunk's weights without those that have no use here; what only STViT has stays as it was initialised."""
     state_dict = {key: value for key, value in state_dict.items() if key not in unused}
     new = [
-        key for key in own if key not in state_dict and not key.startswith(("head.", "stem.", "patch_embed."))
+        key for key in own if key not in state_dict and re.search(r"\.centers$|\.gamma$|\.conv_pos\.", key)
     ]
     warnings.warn(
         f"weights of {trunk} are where STViT starts from, not those of a trained STViT: train it further; left out: "
@@ -70,7 +70,7 @@ _RENAMES = (
 )
 
 
-def _from_swin_names(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def from_swin_names(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Names of the authors, and Swin's as published or as timm has them, to ours."""
     # Swin as published counts a merging to the stage before it; timm, and we, to the stage that it leads into
     before = "layers.0.downsample.norm.weight" in state_dict
@@ -92,20 +92,28 @@ def _from_swin_names(state_dict: dict[str, Tensor], model: Any) -> dict[str, Ten
 
 
 def _fit_table(key: str, table: Tensor, wanted: Tensor, window: Optional[Tuple[int, int]]) -> Tensor:
-    """A table of a square window or map at the size that the model was built for; others are left to the check."""
-    if table.shape == wanted.shape or table.shape[-1] != wanted.shape[-1] or table.dim() not in (2, 3):
+    """A table of positions at the size that the model was built for; what cannot be one is left to the check.
+
+    Ours keep the size of their map. The authors' and Swin's are lists, and belong to square maps and windows.
+    """
+    if table.shape == wanted.shape or table.shape[-1] != wanted.shape[-1] or table.dim() < 2:
         return table
     side = math.isqrt(table.shape[-2])
-    if side * side != table.shape[-2]:
-        return table
     if window is not None:
-        side = (side + 1) // 2
-        fitted = resize_relative_table(table, (side, side), window)
+        old, new = ((side + 1) // 2, (side + 1) // 2), window
+        if table.dim() != 2 or side * side != table.shape[0]:
+            return table
+        fitted = resize_relative_table(table, old, new)
     else:
-        fitted = resize_grid(table.reshape(1, side, side, -1), wanted.shape[1], wanted.shape[2])
-    height, width = window or wanted.shape[1:3]
-    if (side, side) != (height, width):
-        warnings.warn(f"{key} is resampled from {side} x {side} to {height} x {width}", stacklevel=4)
+        if table.dim() == 3 and side * side == table.shape[1]:
+            table = table.reshape(1, side, side, -1)
+        if table.dim() != 4:
+            return table
+        old, new = (table.shape[1], table.shape[2]), (wanted.shape[1], wanted.shape[2])
+        fitted = resize_grid(table, *new)
+    if old != new:
+        text = f"{key} is resampled from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
+        warnings.warn(text, stacklevel=4)
     return fitted
 
 
@@ -115,8 +123,8 @@ def swin_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tenso
     Tables of positions and centres that belong to another image or window size are resampled.
     """
     own = model.state_dict()
-    if any(key.startswith(("layers.", "patch_embed.")) for key in state_dict):
-        named = _from_swin_names(state_dict, model)
+    if not any(key.startswith("stages.") for key in state_dict):
+        named = from_swin_names(state_dict, model)
         state_dict = _take_apart(named, own)
         if len(state_dict) > len(named):
             unused = [key for key in state_dict if key.endswith("bias_table") and key not in own]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitrail.export import to_onnx
-from vitrail.ops import region_route, routed_attention
+from vitrail.ops import region_route, routed_attention, window_attention
 
 
 class Attentive(nn.Module):
@@ -60,6 +60,24 @@ class Routed(nn.Module):
         return self.head(x.mean((1, 2)))
 
 
+class Windowed(nn.Module):
+    """Window attention on a map that windows need not divide; what lies past it has a key and a value."""
+
+    def __init__(self, shift=None, width=16):
+        super().__init__()
+        self.shift = shift
+        self.stem = nn.Conv2d(3, width, 7, 4, 3)
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        _, pad_key, pad_value = self.qkv.bias.chunk(3)
+        return x + window_attention(
+            q, k, v, [7, 7], 2, shift=self.shift, pad_key=pad_key, pad_value=pad_value
+        )
+
+
 class WindowReverse(nn.Module):
     """The published way to undo a partition into windows, whose batch size goes through a float."""
 
@@ -87,7 +105,7 @@ class FixedBatch(nn.Module):
 @pytest.fixture
 def make():
     """`make("Routed", topk=1)`: one of the modules above with seeded weights."""
-    classes = {cls.__name__: cls for cls in (Attentive, Pyramid, Routed, WindowReverse, FixedBatch)}
+    classes = {cls.__name__: cls for cls in (Attentive, Pyramid, Routed, Windowed, WindowReverse, FixedBatch)}
 
     def build(name, **kwargs):
         torch.manual_seed(0)

@@ -70,3 +70,26 @@ def test_the_feature_pyramid_exports_at_a_size_that_needs_padding(tmp_path, name
     assert report.outputs[0].shape[2:] == (25, 33)
     assert {node.domain for node in onnx.load(tmp_path / "m.onnx").graph.node} <= {"", "ai.onnx"}
     assert "GatherElements" not in report.graph.operators
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl"])
+def test_height_and_width_are_free_at_any_size(tmp_path, name):
+    model = short(name, embed_dims=(16, 16, 16, 32), head_dim=8, topks=(1, 4, -2, -2), num_classes=5)
+    report = to_onnx(model, tmp_path / "m.onnx", dynamic=("batch", "height", "width"))
+    assert [text.split()[0] for text in report.dynamic.values()] == ["any"] * 3
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for batch, *size in ((1, 32, 32), (3, 100, 131), (2, 224, 96)):
+        images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = model(images).numpy()
+        np.testing.assert_allclose(
+            session.run(None, {"input": images.numpy()})[0], expected, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.long
+def test_regions_that_round_down_leave_the_sizes_that_they_divide(tmp_path):
+    model = short("biformer_stl_nchw", embed_dims=(16, 16, 16, 32), head_dim=8, topks=(1, 4, -2, -2))
+    report = to_onnx(model, tmp_path / "m.onnx", dynamic=("height", "width"))
+    assert report.dynamic == {"height": "multiples of 56", "width": "multiples of 56"}

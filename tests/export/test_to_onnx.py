@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -144,6 +145,46 @@ def test_height_and_width_can_stay_open(make, tmp_path):
     np.testing.assert_allclose(
         run(tmp_path / "m.onnx", images)[0], model(images).detach(), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("shift", [None, [3, 2]])
+def test_windows_that_do_not_divide_the_map_leave_its_sides_open(make, tmp_path, shift):
+    model = make("Windowed", shift=shift)
+    report = to_onnx(model, tmp_path / "m.onnx", img_size=32, dynamic=("batch", "height", "width"))
+    assert report.dynamic == {"batch": "any", "height": "any", "width": "any"}
+    for size in ((28, 28), (60, 33), (9, 100)):
+        images = torch.randn(2, 3, *size)
+        np.testing.assert_allclose(
+            run(tmp_path / "m.onnx", images)[0], model(images).detach(), rtol=1e-4, atol=1e-5
+        )
+
+
+class SmallIsSpecial(nn.Module):
+    """Goes another way with maps of less than 5 rows, to the same end or to another."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.stem = nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x.sum(2) if x.shape[2] >= 5 else self.factor * x.cumsum(2)[:, :, -1]
+
+
+def test_sizes_below_what_torch_can_prove_are_tried_out(tmp_path):
+    report = to_onnx(SmallIsSpecial(1.0), tmp_path / "m.onnx", img_size=32, dynamic=("height", "width"))
+    # the stem takes 8 pixels at least
+    assert report.dynamic == {"height": "any (proven from 40 on)", "width": "8 and more"}
+    assert {check.shape[2:] for check in report.verification.checks} == {(32, 32), (69, 19), (10, 32)}
+    report = to_onnx(SmallIsSpecial(2.0), tmp_path / "n.onnx", img_size=96, dynamic=("height",), verify=False)
+    assert report.dynamic == {"height": "40 and more"}
+
+
+def test_a_model_that_treats_small_images_otherwise_fails_verification(tmp_path):
+    with pytest.raises(VerificationError, match=r"photos 1x3x10x96: max error"):
+        to_onnx(SmallIsSpecial(2.0), tmp_path / "m.onnx", img_size=96, dynamic=("height", "width"))
+    assert not list(tmp_path.iterdir())
 
 
 class Divided(nn.Module):
@@ -308,6 +349,19 @@ class OneSize(nn.Module):
         if not torch.compiler.is_exporting() and x.shape[2] != 32:
             raise ValueError(f"this model takes 32 pixels, got {x.shape[2]}")
         return self.stem(x)
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"), [(("height", "width"), "height and width"), (("batch", "width"), "width")]
+)
+def test_a_model_built_for_one_size_is_refused_before_anything_is_traced(tmp_path, monkeypatch, axes, words):
+    monkeypatch.setattr("vitrail.export.onnx.capture", lambda *_: pytest.fail("traced"))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), depth=1).eval()
+    with pytest.raises(
+        ExportError,
+        match=rf"vit_tiny_patch16_224 has weights for 64 x 96 only: .*, so {words} can't stay open.*img_size=",
+    ):
+        to_onnx(model, tmp_path / "m.onnx", img_size=(64, 96), dynamic=axes)
 
 
 def test_a_file_that_claims_sizes_the_model_refuses_fails_verification(tmp_path):

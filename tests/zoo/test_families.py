@@ -95,6 +95,15 @@ FAMILIES = {
         pooling=("avg", "max", "avgmax"),
         no_gradient=(".predictor.",),
     ),
+    "stvit": Family(
+        "stvit_r_swin_tiny",
+        {"depths": (1, 1, 6, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 4)},
+        size=(64, 96),
+        other_size=(100, 70),
+        channels=(16, 32, 64, 128),
+        reductions=(4, 8, 16, 32),
+        taken=(1, 3),
+    ),
 }
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
