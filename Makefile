@@ -39,7 +39,7 @@ format: $(READY) ## ruff's fixes and formatting, clang-format
 bench: $(READY) ## time and memory of the operators against stock PyTorch
 	$(BIN)/python benchmarks/operators.py
 
-docs: $(READY) ## write docs/MODELS.md from the registry
+docs: $(READY) ## write docs/MODELS.md and docs/WEIGHTS.md from the registry
 	$(BIN)/python scripts/model_docs.py
 
 clean: ## remove build outputs and caches; .venv stays

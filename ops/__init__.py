@@ -4,11 +4,27 @@
 block of code.
 """
 
+from .channel_attention import channel_attention
+from .connectivity_topk import connectivity_topk
 from .library import use_ops
 from .region_route import region_route
 from .routed_attention import routed_attention
+from .semantic_attention import semantic_attention
+from .sparse_attention import sparse_attention
+from .strip_mix import strip_mix
 from .window_attention import window_attention
 
 from . import flops  # isort: skip  (registers formulas of the operators above)
 
-__all__ = ["flops", "region_route", "routed_attention", "use_ops", "window_attention"]
+__all__ = [
+    "channel_attention",
+    "connectivity_topk",
+    "flops",
+    "region_route",
+    "routed_attention",
+    "semantic_attention",
+    "sparse_attention",
+    "strip_mix",
+    "use_ops",
+    "window_attention",
+]

@@ -8,12 +8,11 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_grid(name: str, x: Tensor) -> None:
-    """A floating-point token grid `(B, H, W, C)` whose channels lie next to each other in memory."""
+def _check_tokens(name: str, x: Tensor, layout: str, dims: int) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape (B, H, W, C), got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions (B, H, W, C), got shape {tuple(x.shape)}")
+        raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(x).__name__}")
+    if x.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(x.shape)}")
     if x.dtype not in FLOATS:
         raise TypeError(
             f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}; convert it with .to()"
@@ -23,6 +22,16 @@ def check_grid(name: str, x: Tensor) -> None:
             f"{name} must have contiguous channels (stride 1 in the last dimension), got stride {x.stride(-1)}; "
             f"pass {name}.contiguous()"
         )
+
+
+def check_grid(name: str, x: Tensor) -> None:
+    """A floating-point token grid `(B, H, W, C)` whose channels lie next to each other in memory."""
+    _check_tokens(name, x, "(B, H, W, C)", 4)
+
+
+def check_tokens(name: str, x: Tensor) -> None:
+    """A floating-point list of tokens `(B, N, C)` whose channels lie next to each other in memory."""
+    _check_tokens(name, x, "(B, N, C)", 3)
 
 
 def check_like(name: str, x: Tensor, ref_name: str, ref: Tensor) -> None:
@@ -56,16 +65,18 @@ def check_grids(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k and v must lie on the same grid, got {tuple(k.shape)} and {tuple(v.shape)}")
 
 
-def check_parameter(name: str, x: Tensor, shape: Sequence[int], q: Tensor) -> None:
-    """A floating-point tensor of a given shape on the device of `q`; its dtype may differ, it is converted."""
+def check_parameter(name: str, x: Tensor, shape: Sequence[int], ref: Tensor, ref_name: str = "q") -> None:
+    """A floating-point tensor of a given shape on the device of `ref`; its dtype may differ, it is converted."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {tuple(shape)}, got {type(x).__name__}")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .to()")
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them with .to()")
+    if x.device != ref.device:
+        raise ValueError(
+            f"{name} is on {x.device} but {ref_name} is on {ref.device}; move one of them with .to()"
+        )
 
 
 def check_heads(num_heads: int, q: Tensor, v: Tensor) -> None:

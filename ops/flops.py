@@ -43,6 +43,28 @@ def window_attention_macs(
     return prod(q[:3]) * prod(window_size) * (q[3] + v[3])
 
 
+def channel_attention_macs(q: Shape, k: Shape, v: Shape, num_heads: int, *_: Any) -> int:
+    """Scores and values: at each token, each channel meets all channels of its head."""
+    return prod(q[:3]) * (q[3] // num_heads) * (q[3] + v[3])
+
+
+def semantic_attention_macs(
+    q: Shape, k: Shape, v: Shape, own_k: Shape, own_v: Shape, window_size: Shape, patch_size: Shape, *_: Any
+) -> int:
+    """Scores and values: each semantic token meets those of its window and the tokens of its patch."""
+    return prod(q[:3]) * (prod(window_size) + prod(patch_size)) * (q[3] + v[3])
+
+
+def strip_mix_macs(x: Shape, weight: Shape, *_: Any) -> int:
+    """Each value of the grid is a sum over three strips."""
+    return prod(x) * 3 * weight[2]
+
+
+def strip_mix_backward_macs(grad: Shape, x: Shape, weight: Shape, *_: Any) -> int:
+    """The gradients of grid and weight are as large as the forward pass, which is not repeated."""
+    return 2 * strip_mix_macs(x, weight)
+
+
 def region_route_macs(q: Shape, k: Shape, topk: int, region_size: Shape, kv_region_size: Shape) -> int:
     """Products of all pairs of region means."""
 
@@ -50,6 +72,19 @@ def region_route_macs(q: Shape, k: Shape, topk: int, region_size: Shape, kv_regi
         return -(-grid[1] // size[0]) * -(-grid[2] // size[1])
 
     return q[0] * regions(q, region_size) * regions(k, kv_region_size) * q[3]
+
+
+def sparse_attention_macs(q: Shape, k: Shape, v: Shape, keys: Shape, *_: Any) -> int:
+    """Scores and values: each query meets the keys of its list (empty slots count, as their number is not known)."""
+    return q[0] * q[1] * keys[3] * (q[2] + v[2])
+
+
+def connectivity_topk_macs(
+    logits: Shape, basis: Shape, candidates: Any, num_keys: int, num_coefficients: int, *_: Any
+) -> int:
+    """Each query mixes the basis rows of the coefficients it keeps (all, where a threshold chooses)."""
+    tokens = basis[1] if candidates is None else candidates[1]
+    return prod(logits[:3]) * min(num_coefficients or basis[0], basis[0]) * tokens
 
 
 def _attention_backward(forward: Callable[..., int]) -> Callable[..., int]:
@@ -63,9 +98,18 @@ def _attention_backward(forward: Callable[..., int]) -> Callable[..., int]:
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
+    "channel_attention": channel_attention_macs,
+    "channel_attention_backward": _attention_backward(channel_attention_macs),
+    "connectivity_topk": connectivity_topk_macs,
     "region_route": region_route_macs,
     "routed_attention": routed_attention_macs,
     "routed_attention_backward": _attention_backward(routed_attention_macs),
+    "semantic_attention": semantic_attention_macs,
+    "semantic_attention_backward": _attention_backward(semantic_attention_macs),
+    "sparse_attention": sparse_attention_macs,
+    "sparse_attention_backward": _attention_backward(sparse_attention_macs),
+    "strip_mix": strip_mix_macs,
+    "strip_mix_backward": strip_mix_backward_macs,
     "window_attention": window_attention_macs,
     "window_attention_backward": _attention_backward(window_attention_macs),
 }

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from inspect import getdoc
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import timm
 import torch
@@ -20,9 +21,9 @@ from vitrail.catalog import ModelRow, describe, size_rule
 from vitrail.published import published_figures
 from vitrail.zoo import list_families
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "MODELS.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
-_INTRO = """\
+_MODELS = """\
 # Models
 
 <!-- Written by scripts/model_docs.py (`make docs`); change the sources, not this page. -->
@@ -34,6 +35,42 @@ ImageNet-1K accuracy as published, not measured here. Where no figure was publis
 Besides their own options, all models take timm's: `num_classes`, `in_chans`, `img_size`, `global_pool`, `drop_rate`,
 `drop_path_rate`, `features_only`, `out_indices`, `device`, `dtype`. [WEIGHTS.md](WEIGHTS.md) says where weights come
 from and how to load them.
+"""
+
+
+_WEIGHTS = """\
+# Weights
+
+<!-- Written by scripts/model_docs.py (`make docs`); change the sources, not this page. -->
+
+Where weights were published, by their authors or by timm, `pretrained=True` fetches them. Nothing is fetched before,
+and from any source only tensors are read: pickled code in a file is never run, and such a file is refused.
+
+```python
+import timm
+import vitrail  # noqa: F401
+
+model = timm.create_model("davit_fused_tiny", pretrained=True)  # the first tag of the table
+model = timm.create_model("stvit_deit_small.deit_in1k_init", pretrained=True)  # the trunk of another network
+model = timm.create_model("stripmlp_tiny", pretrained=True, pretrained_cfg_overlay={"file": "authors.pth"})
+```
+
+A file in the authors' layout loads as it is. `vitrail convert` checks it once in every tensor and writes safetensors:
+
+```sh
+vitrail convert stripmlp_tiny authors.pth stripmlp_tiny.safetensors
+```
+
+Tags that end in `_init` start a network from the weights of its trunk (DeiT, Swin, LV-ViT): what the trunk does not
+have keeps its random initialisation, a warning says so, and the model has to be trained. A file that holds such a trunk
+does the same: name it with `pretrained_cfg_overlay`, or hand it to `vitrail convert`.
+
+Tables, strips and bases that belong to an image size are resampled where a model is built for another, with a warning.
+With `num_classes` other than the file's the classifier starts anew, with `in_chans` other than 3 the first convolution
+is adapted, both as timm does. Whatever else does not fit is one error that lists every mismatch, and nothing is loaded.
+
+To work without a network, fetch the file elsewhere and name it as above, or copy a repository of the hub and load
+`timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay={"source": "local-dir", "file": "folder"})`.
 """
 
 
@@ -96,8 +133,44 @@ def family(name: str, models: list[str], rows: dict[str, ModelRow]) -> str:
     return "\n".join(lines)
 
 
-def document() -> str:
-    """The whole page."""
+def sources(models: list[str]) -> Iterator[str]:
+    """A line for every set of weights of a family's models, and for every model without any."""
+    for model in models:
+        tags = timm.list_pretrained(f"{model}.*")
+        for tag in tags:
+            cfg = timm.get_pretrained_cfg(tag)
+            if cfg.hf_hub_id:
+                file = f", `{cfg.hf_hub_filename}`" if cfg.hf_hub_filename else ""
+                source = f"[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id}){file}"
+            else:
+                source = f"[{urlsplit(cfg.url).hostname}]({cfg.url})"
+            layout = "timm's" if (cfg.hf_hub_id or "").startswith("timm/") else "the authors'"
+            yield f"| `{tag}` | {source} | {cfg.license} | {layout} |"
+        if not tags:
+            yield f"| `{model}` | {weights_of(model)} | | |"
+
+
+def weights_of(model: str) -> str:
+    """What is known of weights that cannot be fetched."""
+    paper = published_figures(model)
+    return paper.weights if paper else "none: ours, to be trained"
+
+
+def weights_page() -> str:
+    """docs/WEIGHTS.md."""
+    sections = [_WEIGHTS]
+    for name, models in list_families().items():
+        sections += [
+            f"## `{name}`\n",
+            "| weights | source | licence | layout |\n| --- | --- | --- | --- |",
+            *sources(models),
+            "",
+        ]
+    return "\n".join(sections)
+
+
+def models_page() -> str:
+    """docs/MODELS.md."""
     families = list_families()
     names = [name for models in families.values() for name in models]
     rows = {name: describe(name) for name in track(names, "counting", transient=True)}
@@ -105,22 +178,25 @@ def document() -> str:
         family(name, sorted(models, key=lambda m: (rows[m].macs, m)), rows)
         for name, models in families.items()
     ]
-    return "\n".join([_INTRO, *sections])
+    return "\n".join([_MODELS, *sections])
 
 
 def main() -> int:
-    """Write the page or check it."""
+    """Write the pages, or check them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="exit 1 if docs/MODELS.md is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit 1 if the pages are not up to date")
     options = parser.parse_args()
-    text = document()
-    if not options.check:
-        TARGET.write_text(text, encoding="utf-8")
-        return 0
-    if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
-        print("error: docs/MODELS.md is not what the registry says; run `make docs`", file=sys.stderr)
+    stale = []
+    for name, page in (("MODELS.md", models_page), ("WEIGHTS.md", weights_page)):
+        target, text = DOCS / name, page()
+        if not target.is_file() or target.read_text(encoding="utf-8") != text:
+            stale.append(f"docs/{name}")
+            if not options.check:
+                target.write_text(text, encoding="utf-8")
+    if options.check and stale:
+        print(f"error: {' and '.join(stale)}: not what the registry says; run `make docs`", file=sys.stderr)
         return 1
     return 0
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .catalog import create_model, default_size
 from .export.capture import evaluation
 from .export.images import pretrained_cfg
+from .mhsa import AttentionCost, attention_cost
 from .ops import library, use_ops
 from .ops.flops import fvcore_handlers, torch_flop_formulas
 from .published import Published, published_figures
@@ -172,6 +173,8 @@ class ProfileReport:
     stages: list[StageCount]
     comparisons: list[Comparison] = field(default_factory=list)
     published: Published | None = None
+    attention: AttentionCost | None = None
+    """Of sparse attention, beside that of the dense trunk."""
 
     @property
     def macs(self) -> int:
@@ -208,6 +211,8 @@ class ProfileReport:
             "ok": self.ok,
             "failures": self.failures,
         }
+        if self.attention is not None:
+            document["attention"] = asdict(self.attention) | {"reduction": self.attention.reduction}
         document["paths"] = [asdict(p) | {"difference": p.difference} for p in self.paths]
         document["comparisons"] = [
             asdict(c) | {"deviation": c.deviation, "ok": c.ok} for c in self.comparisons
@@ -352,6 +357,7 @@ def profile(
                 analysis = _count_with_fvcore(module, images)
             if not paths:
                 stages = _stages(module, analysis, shapes, size)
+                by_module = analysis.by_module()
             by_operator = {op: int(macs) for op, macs in analysis.by_operator().most_common()}
             uncounted = {op: n for op, n in analysis.unsupported_ops().items() if _carries_products(op)}
             one_path = path == "fused" and not _has_our_operators(by_operator)
@@ -372,4 +378,5 @@ def profile(
             for key, value in ours.items()
             if getattr(published, key) is not None
         ]
-    return ProfileReport(name, size, batch, parameters, paths, stages, comparisons, published)
+    attention = attention_cost(module, by_module, batch, published.mhsa_reduction if published else None)
+    return ProfileReport(name, size, batch, parameters, paths, stages, comparisons, published, attention)

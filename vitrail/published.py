@@ -25,6 +25,8 @@ class Published:
     top1: float | None = None
     """ImageNet-1K top-1 accuracy in percent."""
     img_size: int = 224
+    mhsa_reduction: tuple[float, float] | None = None
+    """Range of the share that the cost of self-attention falls by, against the dense trunk."""
 
 
 @cache
@@ -41,7 +43,7 @@ def _figures() -> dict[str, Published]:
             url=entry["url"],
             code=entry["code"],
             weights=entry["weights"],
-            **figures,
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in figures.items()},
         )
         for family, entry in yaml.safe_load(text).items()
         for model, figures in entry["models"].items()

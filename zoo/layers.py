@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, List, Optional, Tuple, Union
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers import ClassifierHead, get_device_dtype, to_2tuple
 from timm.models import checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -32,6 +32,31 @@ def check_image(x: Tensor, in_chans: int, smallest: int, multiple: int) -> None:
         raise ValueError(
             f"without auto_pad height and width must be multiples of {multiple}, got {h} x {w}; "
             f"resize to {near_h} x {near_w}, or build the model with auto_pad=True"
+        )
+
+
+def check_patches(img_size: Any, patch_size: Any) -> None:
+    """Refuse image sizes that patches do not divide, with the nearest size that they do; numbers or pairs."""
+    image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+    if any(i < p or i % p for i, p in zip(image, patch, strict=True)):
+        near = [max((i + p // 2) // p, 1) * p for i, p in zip(image, patch, strict=True)]
+        raise ValueError(
+            f"img_size must be a multiple of the patch, {patch[0]} x {patch[1]}, got {image[0]} x {image[1]}; "
+            f"nearest: {near[0]} x {near[1]}"
+        )
+
+
+@register_notrace_function
+def check_img_size(x: Tensor, in_chans: int, height: int, width: int) -> None:
+    """Refuse images of another size than the one that a network was built for."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f"expected images of shape (batch, {in_chans}, {height}, {width}), got {list(x.shape)}"
+        )
+    if x.shape[2] != height or x.shape[3] != width:
+        raise ValueError(
+            f"this model takes images of {height} x {width}, got {x.shape[2]} x {x.shape[3]}; resize them, "
+            "build the model with img_size=(height, width), or call set_input_size()"
         )
 
 
@@ -63,11 +88,12 @@ class StagedBackbone(nn.Module):
 
     A subclass sets `stem`, `stages` (an `nn.Sequential`), `norm`, `head` (with timm's `ClassifierHead` interface),
     `feature_info`, `in_chans`, `num_classes`, `num_features`, `head_hidden_size`, and the limits of the image's size.
+    Where stages do not simply follow each other, it overrides `forward_stages` and `forward_features`.
     """
 
     if TYPE_CHECKING:  # TorchScript would hold the modules to these very types
         stem: nn.Module
-        stages: nn.Sequential
+        stages: Any
         norm: nn.Module
         head: ClassifierHead
         feature_info: List[dict[str, Any]]
@@ -108,10 +134,16 @@ class StagedBackbone(nn.Module):
         """The last linear layer."""
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier; the pooling stays unless `global_pool` says otherwise."""
+    def reset_classifier(
+        self, num_classes: int, global_pool: Optional[str] = None, reset_other: bool = False
+    ) -> None:
+        """Replace the classifier; the pooling stays unless `global_pool` says otherwise.
+
+        `reset_other` removes what else the head holds, such as a norm.
+        """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        dd = get_device_dtype(self)
+        self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
@@ -134,21 +166,16 @@ class StagedBackbone(nn.Module):
             intermediates_only: leave the final features out.
         """
         assert output_fmt == "NCHW", "output_fmt must be NCHW"
-        intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.forward_stem(x)
         last = len(self.stages) - 1
-        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108  (TorchScript cannot slice a Sequential)
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        for i, stage in enumerate(stages):
-            x = stage(x)
+        maps = self.forward_stages(self.forward_stem(x), max_index + 1 if stop_early else last + 1)
+        intermediates = []
+        for i, x in enumerate(maps):
             if i in take_indices:
                 intermediates.append(self.norm(x) if norm and i == last else x)
         if intermediates_only:
             return intermediates
-        if i == last:
+        if len(maps) == last + 1:
             x = self.norm(x)
         return x, intermediates
 
@@ -164,13 +191,22 @@ class StagedBackbone(nn.Module):
         if prune_end:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
         if prune_head or prune_end:
-            self.reset_classifier(0, "")
+            self.reset_classifier(0, "", reset_other=True)
         return take_indices
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to the map that enters stage 1."""
         check_image(x, self.in_chans, self.smallest_image, self.image_multiple)
         return self.stem(x)
+
+    def forward_stages(self, x: Tensor, count: int) -> List[Tensor]:
+        """The map that enters stage 1 to the maps of the first `count` stages."""
+        maps = []
+        for i, stage in enumerate(self.stages):
+            if i < count:
+                x = stage(x)
+                maps.append(x)
+        return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to the last, normalised map."""

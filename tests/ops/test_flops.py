@@ -5,7 +5,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.ops import flops, region_route, routed_attention, use_ops
+from vitrail.ops import channel_attention, flops, region_route, routed_attention, use_ops
 
 
 class Routed(torch.nn.Module):
@@ -51,3 +51,20 @@ def test_dense_attention_on_the_cpu_is_counted(count):
 
     q, k, v = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
     assert count(Dense(), q, k, v) == 2 * 3 * 10 * 20 * (8 + 8)
+
+
+class Channels(torch.nn.Module):
+    def forward(self, x):
+        return channel_attention(*x.chunk(3, -1), 2)
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("count", [fvcore_macs, torch_macs])
+def test_channel_attention_costs_two_products_per_token_and_pair_of_channels_of_a_head(mode, count):
+    with use_ops(mode):
+        assert count(Channels(), torch.randn(2, 8, 12, 48)) == 2 * 8 * 12 * 16 * (8 + 8)
+
+
+def test_the_backward_of_channel_attention_is_counted_with_the_recomputed_scores():
+    x = torch.randn(2, 8, 12, 48, requires_grad=True)
+    assert torch_macs(lambda x: Channels()(x).sum().backward(), x) == 2 * 8 * 12 * 16 * 8 * (2 + 5)

@@ -64,6 +64,46 @@ FAMILIES = {
         reductions=(4, 8, 16, 32),
         taken=(1, 3),
     ),
+    "davit_fused": Family(
+        "davit_fused_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4)},
+        size=(64, 96),
+        other_size=(100, 70),
+        channels=(32, 64, 96, 128),
+        reductions=(4, 8, 16, 32),
+        taken=(1, 3),
+        pooling=("max", "avgmax"),
+    ),
+    "stripmlp": Family(
+        "stripmlp_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dim": 16, "img_size": 64},
+        size=(64, 64),
+        other_size=None,
+        channels=(16, 32, 64, 128),
+        reductions=(4, 8, 16, 32),
+        taken=(1, 3),
+    ),
+    "sparsifiner": Family(
+        "sparsifiner_tiny",
+        {"img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3, "reduce_n_factor": 2},
+        size=(96, 96),
+        other_size=None,
+        channels=(48, 48, 48, 48),
+        reductions=(16, 16, 16, 16),
+        taken=(1, 3),
+        forms=("getter",),
+        pooling=("avg", "max", "avgmax"),
+        no_gradient=(".predictor.",),
+    ),
+    "stvit": Family(
+        "stvit_r_swin_tiny",
+        {"depths": (1, 1, 6, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 4)},
+        size=(64, 96),
+        other_size=(100, 70),
+        channels=(16, 32, 64, 128),
+        reductions=(4, 8, 16, 32),
+        taken=(1, 3),
+    ),
 }
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -192,7 +232,7 @@ def test_a_model_on_the_meta_device_holds_no_memory(name):
     model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     images = torch.empty(2, *model.pretrained_cfg["input_size"], device="meta", dtype=torch.bfloat16)
-    assert model(images).shape == (2, 1000)
+    assert model(images).shape == (2, model.num_classes or model.num_features)
 
 
 # --- as a backbone ----------------------------------------------------------------------------------------------------

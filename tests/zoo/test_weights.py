@@ -3,6 +3,7 @@
 import contextlib
 import io
 import pickle
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -35,11 +36,19 @@ def case():
 @pytest.fixture(scope="module")
 def authors_file(case, tmp_path_factory):
     """A training checkpoint as the authors save them: weights under `model`, options beside them."""
-    counters = {key: torch.tensor(0) for key in case.manifest if key.endswith("num_batches_tracked")}
     path = tmp_path_factory.mktemp("weights") / "authors.pth"
-    weights = {key: value.float() for key, value in official_state_dict(case).items()}
-    torch.save({"model": weights | counters, "epoch": 299}, path)
+    torch.save({"model": authors_weights(case), "epoch": 299}, path)
     return path
+
+
+def authors_weights(case):
+    """float32, with the counters that a published file also holds."""
+    counters = {key: torch.tensor(0) for key in case.manifest if key.endswith("num_batches_tracked")}
+    return {key: value.float() for key, value in official_state_dict(case).items()} | counters
+
+
+def partial_of(weights):
+    return {key: value for key, value in weights.items() if key != "norm.weight"}
 
 
 def bad_files(folder, authors_file):
@@ -60,6 +69,13 @@ def bad_files(folder, authors_file):
     wide = dict(weights, **{"stages.0.0.attn.wo.weight": torch.zeros(96, 96), "norm.weight": torch.zeros(7)})
     broken = dict(weights, **{"norm.bias": torch.full((512,), torch.nan)})
     resnet = timm.create_model("resnet18").state_dict()
+    channels = dict(weights, **{"downsample_layers.0.0.weight": torch.zeros(32, 5, 3, 3)})
+    whole_numbers = {
+        key: value.long() if key.startswith("norm.") else value for key, value in weights.items()
+    }
+    several = dict(
+        partial_of(weights), **{"surplus": torch.zeros(1), "norm.bias": torch.full((512,), torch.inf)}
+    )
     partial = {key: value for key, value in weights.items() if not key.startswith("stages.2.0.")}
     return {
         "missing": (folder / "nowhere.pth", "no checkpoint at .*nowhere.pth"),
@@ -70,10 +86,13 @@ def bad_files(folder, authors_file):
         "malicious": (write("malicious.pth", {"model": weights, "hook": Malicious()}), "could run code"),
         "malicious pickle": (folder / "pickled.pth", "could run code"),
         "wrong family": (write("resnet.pth", resnet), "no checkpoint of biformer_tiny: 0 of its"),
-        "wrong size": (write("wide.pth", wide), r"2 mismatches.*shape \(96, 96\), biformer_tiny needs \(64, 64\)"),
-        "missing layers": (write("partial.pth", partial), "missing stages.2.blocks.0.*and .* more"),
-        "left-over keys": (write("extra.pth", dict(weights, surplus=torch.zeros(1))), "1 mismatches.*unknown surplus"),
-        "NaN": (write("nan.pth", broken), "norm.bias holds NaN"),
+        "wrong size": (write("wide.pth", wide), r"2 mismatches: of another shape \(2\): .*attn.proj.weight \(96, 96\) instead of \(64, 64\)"),
+        "missing layers": (write("partial.pth", partial), r"16 mismatches: missing \(16\): stages.2.blocks.0.*, stages.2.blocks.0.mlp.fc2.bias$"),
+        "left-over keys": (write("extra.pth", dict(weights, surplus=torch.zeros(1))), r"1 mismatches: unknown \(1\): surplus$"),
+        "NaN": (write("nan.pth", broken), r"with NaN or infinity \(1\): norm.bias$"),
+        "wrong channels": (write("channels.pth", channels), r"stem.conv1.weight \(32, 5, 3, 3\) instead of \(32, 3, 3, 3\)"),
+        "wrong kind": (write("whole.pth", whole_numbers), r"of another kind \(4\): norm.weight torch.int64 instead of torch.float32, "),
+        "all at once": (write("several.pth", several), r"3 mismatches: missing \(1\): norm.weight; unknown \(1\): surplus; with NaN or infinity \(1\): norm.bias"),
         "no tensors": (write("text_dict.pth", {"state_dict": {"a": "b"}}), "entries that are no tensors: a"),
         "a bare list": (write("list.pth", [1, 2]), "holds no state dict, but list"),
     }  # fmt: skip
@@ -81,7 +100,8 @@ def bad_files(folder, authors_file):
 
 BAD = [
     "missing", "truncated", "text", "empty", "truncated safetensors", "malicious", "malicious pickle", "wrong family",
-    "wrong size", "missing layers", "left-over keys", "NaN", "no tensors", "a bare list",
+    "wrong size", "missing layers", "left-over keys", "NaN", "wrong channels", "wrong kind", "all at once", "no tensors",
+    "a bare list",
 ]  # fmt: skip
 
 
@@ -232,8 +252,139 @@ def test_options_saved_beside_the_weights_do_no_harm(authors_file, tmp_path):
     assert read_checkpoint(tmp_path / "a.pth").keys() == content["model"].keys()
 
 
+# --- the Hugging Face hub ---------------------------------------------------------------------------------------------
+
+
+def as_the_hub_keeps_it(cache, repository, name, write, revision="main"):
+    """A file in the hub's cache, which a download would have left there."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / revision).write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    write(folder / "snapshots" / ("0" * 40) / name)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """The hub's own library, real but for the network, which it must not even try."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_timms_davit_weights_come_from_the_hub_and_compute_what_they_do_in_timm(offline, tmp_path):
+    torch.manual_seed(0)
+    theirs = timm.create_model("davit_tiny").eval()
+    as_the_hub_keeps_it(
+        tmp_path,
+        "timm/davit_tiny.msft_in1k",
+        "model.safetensors",
+        lambda path: save_file(theirs.state_dict(), path),
+    )
+    ours = timm.create_model("davit_fused_tiny", pretrained=True, cache_dir=tmp_path).eval()
+    image = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        assert relative_error(ours(image), theirs(image)) < 1e-5
+    assert ours.pretrained_cfg["hf_hub_id"] == "timm/davit_tiny.msft_in1k"
+    assert "state_dict" not in ours.pretrained_cfg
+
+
+def test_stvit_r_weights_come_from_the_authors_file_on_the_hub(offline, tmp_path):
+    case = load_case(GOLDEN / "stvitr_swin_small_224.json")
+    weights = authors_weights(case)
+    as_the_hub_keeps_it(
+        tmp_path, "csncsn/STViT-R", "STViT-R-Swin-S.pth", lambda path: torch.save({"model": weights}, path)
+    )
+    model = timm.create_model("stvit_r_swin_small", pretrained=True, cache_dir=tmp_path).eval()
+    with torch.inference_mode():
+        logits = model(seeded_image(case.input_shape, case.input_seed).float())
+    assert relative_error(logits, case.logits) < 1e-5
+
+
+def test_a_file_from_the_hub_is_read_as_safely_as_any_other(offline, tmp_path):
+    Malicious.trace = tmp_path / "executed"
+    as_the_hub_keeps_it(
+        tmp_path,
+        "csncsn/STViT-R",
+        "STViT-R-Swin-S.pth",
+        lambda path: torch.save({"model": Malicious()}, path),
+    )
+    with pytest.raises(CheckpointError, match="could run code"):
+        timm.create_model("stvit_r_swin_small", pretrained=True, cache_dir=tmp_path)
+    assert not Malicious.trace.exists()
+
+
+def test_without_a_network_the_error_tells_what_to_fetch_and_how_to_go_on(offline, tmp_path):
+    with pytest.raises(
+        CheckpointError,
+        match=r"could not fetch STViT-R-Swin-B.pth of csncsn/STViT-R .*by hand and pass .*file=",
+    ) as error:
+        timm.create_model("stvit_r_swin_base", pretrained=True, cache_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_usual_names_are_tried_in_turn_and_a_revision_is_passed_on(monkeypatch, authors_file):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = []
+
+    def download(repository, name, revision, cache_dir):
+        asked.append((repository, name, revision))
+        if name == "model.safetensors":
+            raise EntryNotFoundError("no such file")
+        return str(authors_file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    overlay = {"hf_hub_id": "someone/biformer@v2"}
+    timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert asked == [("someone/biformer", name, "v2") for name in ("model.safetensors", "pytorch_model.bin")]
+
+    overlay |= {"hf_hub_filename": "model.safetensors"}
+    with pytest.raises(
+        CheckpointError, match=r"someone/biformer on the Hugging Face hub has no model.safetensors"
+    ):
+        timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_a_local_copy_of_a_repository_loads(authors_file, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(authors_file.read_bytes())
+    overlay = {"source": "local-dir", "file": str(tmp_path)}
+    model = timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert model.pretrained_cfg["source"] == "local-dir"
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no model.safetensors and no pytorch_model.bin"):
+        timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+MODELS = [name for names in list_families().values() for name in names]
+SOURCES = {
+    name: [tag for tag in timm.list_pretrained(f"{name}.*") if timm.get_pretrained_cfg(tag).has_weights]
+    for name in MODELS
+}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not timm.get_pretrained_cfg(name).has_weights])
+def test_where_nothing_was_published_the_error_tells_what_to_do(name):
+    with pytest.raises(CheckpointError, match=rf"there are no weights for {name} to load: .*file=") as error:
+        timm.create_model(name, pretrained=True, device="meta")
+    for tag in re.findall(r"create_model\('([^']+)'", str(error.value)):
+        assert timm.get_pretrained_cfg(tag).has_weights, tag
+
+
+def test_a_file_with_another_number_of_classes_is_one_error_that_names_both(tmp_path):
+    torch.save(timm.create_model("biformer_tiny", num_classes=10).state_dict(), tmp_path / "ten.pth")
+    with pytest.raises(
+        CheckpointError, match=r"file has 10 classes where biformer_tiny has 1000: .*num_classes=10"
+    ):
+        timm.create_model(
+            "biformer_tiny", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "ten.pth")}
+        )
+
+
 def test_families_list_their_registered_models():
-    assert list_families() == {
-        "biformer": ["biformer_base", "biformer_small", "biformer_stl", "biformer_stl_nchw", "biformer_tiny"]
-    }
-    assert set(list_families()["biformer"]) <= set(timm.list_models("biformer*"))
+    families = list_families()
+    assert list(families) == ["biformer", "davit_fused", "sparsifiner", "stripmlp", "stvit"]
+    for family, names in families.items():
+        assert names
+        assert set(names) <= set(timm.list_models(f"{family}*"))
+    assert set(families["biformer"]) >= {"biformer_base", "biformer_stl_nchw", "biformer_tiny"}

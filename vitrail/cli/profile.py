@@ -67,6 +67,15 @@ def render(report: "ProfileReport", terminal: Terminal) -> "list[RenderableType]
     for c in report.comparisons:
         verdict = "as published" if c.ok else "NOT as published"
         facts.append((c.figure, f"{c.ours:.2f}, paper {c.paper:g}: {c.deviation:+.1%}, {verdict}"))
+    if report.attention:
+        cost = report.attention
+        paper = "" if cost.claimed is None else f"; claimed {cost.claimed[0]:.0%} to {cost.claimed[1]:.0%}"
+        facts.append(
+            (
+                "self-attention",
+                f"{cost.ours / 1e9:.3f} GMAC, {cost.reduction:.0%} below the {cost.dense / 1e9:.3f} of dense{paper}",
+            )
+        )
     if report.published:
         facts.append(("paper", f"{report.published.paper}, {report.published.venue}, {report.published.url}"))
 
