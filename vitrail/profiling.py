@@ -35,8 +35,8 @@ PAPER_TOLERANCE = 0.02
 # and views need no list, torch tags them.
 _NO_PRODUCTS = frozenset((
     "amax", "amin", "argmax", "argmin", "argsort", "avg_pool2d", "cumsum", "dropout", "embedding",
-    "feature_dropout", "index_add", "index_select", "linalg_vector_norm", "log_softmax", "logsumexp",
-    "max_pool2d", "max_pool2d_with_indices", "mean", "meshgrid", "norm", "one_hot", "pad", "pixel_shuffle",
+    "feature_dropout", "fill_", "hardswish", "index_add", "index_select", "linalg_vector_norm", "log_softmax",
+    "logsumexp", "max_pool2d", "max_pool2d_with_indices", "mean", "meshgrid", "norm", "one_hot", "pad", "pixel_shuffle",
     "pixel_unshuffle", "prod", "repeat", "repeat_interleave", "scatter", "scatter_", "scatter_add", "softmax",
     "sort", "std", "sum", "take_along_dim", "tile", "topk", "tril", "triu", "unfold", "upsample_bicubic2d",
     "upsample_nearest1d", "var", "var_mean", "zero_",
