@@ -205,11 +205,11 @@ class Operator:
     def _double_backward(self, ctx, *grads):
         """Second derivatives through the definition: they are rare, and the formula is long."""
         grad, *tensors = ctx.saved_tensors
-        args = self._restore(tensors, ctx.settings)
-        present = [i for i in self._wanted if args[i] is not None]
-        grads = [g for g, i in zip(grads, self._wanted, strict=True) if args[i] is not None]
+        inputs = self._restore(tensors, ctx.settings)
+        present = [i for i in self._wanted if inputs[i] is not None]
+        grads = [g for g, i in zip(grads, self._wanted, strict=True) if inputs[i] is not None]
         with torch.enable_grad():
-            args, leaves = self._leaves(args)
+            args, leaves = self._leaves(inputs)
             grad = grad.detach().requires_grad_()
             first = torch.autograd.grad(
                 self.definition(*args), leaves, grad, create_graph=True, materialize_grads=True

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from .export.images import pretrained_cfg
 from .published import Published, published_figures
 from .zoo import list_families
 from .zoo.weights import CheckpointError
@@ -168,8 +169,9 @@ def describe(name: str) -> ModelRow:
 
 def size_rule(model: nn.Module) -> str:
     """Which image sizes a model takes, in words."""
-    height, width = default_size(model.pretrained_cfg["architecture"])
-    if model.pretrained_cfg.get("fixed_input_size"):
+    cfg = pretrained_cfg(model)
+    height, width = default_size(cfg["architecture"])
+    if cfg.get("fixed_input_size"):
         return f"{height} x {width}, others by `img_size` and `set_input_size()`"
     smallest = getattr(model, "smallest_image", 1)
     return "any" if smallest <= 1 else f"any from {smallest} x {smallest}"

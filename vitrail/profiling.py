@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .accounting import AttentionCost, attention_cost, repeated_projections
 from .catalog import create_model, default_size
 from .export.capture import evaluation
 from .export.images import pretrained_cfg
-from .mhsa import AttentionCost, attention_cost
 from .ops import library, use_ops
 from .ops.flops import fvcore_handlers, torch_flop_formulas
 from .published import Published, published_figures
@@ -35,8 +35,8 @@ PAPER_TOLERANCE = 0.02
 # and views need no list, torch tags them.
 _NO_PRODUCTS = frozenset((
     "amax", "amin", "argmax", "argmin", "argsort", "avg_pool2d", "cumsum", "dropout", "embedding",
-    "feature_dropout", "index_add", "index_select", "linalg_vector_norm", "log_softmax", "logsumexp",
-    "max_pool2d", "max_pool2d_with_indices", "mean", "meshgrid", "norm", "one_hot", "pad", "pixel_shuffle",
+    "feature_dropout", "fill_", "hardswish", "index_add", "index_select", "linalg_vector_norm", "log_softmax",
+    "logsumexp", "max_pool2d", "max_pool2d_with_indices", "mean", "meshgrid", "norm", "one_hot", "pad", "pixel_shuffle",
     "pixel_unshuffle", "prod", "repeat", "repeat_interleave", "scatter", "scatter_", "scatter_add", "softmax",
     "sort", "std", "sum", "take_along_dim", "tile", "topk", "tril", "triu", "unfold", "upsample_bicubic2d",
     "upsample_nearest1d", "var", "var_mean", "zero_",
@@ -371,11 +371,16 @@ def profile(
     published = published_figures(name) if isinstance(model, str) else None
     comparisons = []
     if published and size == (published.img_size, published.img_size):
-        ours = {"params": parameters / 1e6, "gmac": paths[0].fvcore / batch / 1e9}
-        labels = {"params": "parameters (M)", "gmac": "GMAC"}
+        with evaluation(module), use_ops("reference"):
+            repeated = repeated_projections(module, images)
+        gmac = "GMAC" if not repeated else "GMAC with patches projected as copies, as the authors do"
+        ours = {
+            "params": ("parameters (M)", parameters / 1e6),
+            "gmac": (gmac, (paths[0].fvcore + repeated) / batch / 1e9),
+        }
         comparisons = [
-            Comparison(labels[key], value, getattr(published, key))
-            for key, value in ours.items()
+            Comparison(label, value, getattr(published, key))
+            for key, (label, value) in ours.items()
             if getattr(published, key) is not None
         ]
     attention = attention_cost(module, by_module, batch, published.mhsa_reduction if published else None)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Published:
     """Range of the share that the cost of self-attention falls by, against the dense trunk."""
 
 
+def _tuples(figures: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in figures.items()}
+
+
 @cache
 def _figures() -> dict[str, Published]:
     import yaml
@@ -43,7 +48,7 @@ def _figures() -> dict[str, Published]:
             url=entry["url"],
             code=entry["code"],
             weights=entry["weights"],
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in figures.items()},
+            **_tuples(figures),
         )
         for family, entry in yaml.safe_load(text).items()
         for model, figures in entry["models"].items()

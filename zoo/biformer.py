@@ -23,35 +23,41 @@ from typing import Any, List, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    LayerScale,
-    calculate_drop_path_rates,
-    to_2tuple,
-    trunc_normal_,
-)
-from timm.models import generate_default_cfgs, register_model, register_notrace_function
+from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, calculate_drop_path_rates, to_2tuple
+from timm.models import generate_default_cfgs, named_apply, register_model, register_notrace_function
+from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from ..ops import region_route, routed_attention
-from ..ops.regions import crop_grid, merge, partition, region_count, region_means
-from .layers import Stage, StagedBackbone, check_image, depthwise_conv, pad_to_multiple
+from ..ops.regions import ceil_div, crop_grid, merge, pad_grid, partition, region_count, region_means
+from .layers import Stage, StagedBackbone, check_image
 from .weights import build_model, check_state_dict
 
-for _function in (region_route, routed_attention, region_means, partition, merge):
+for _function in (region_route, routed_attention, region_means, partition, merge, pad_grid, crop_grid):
     register_notrace_function(_function)  # they branch on sizes, which torch.fx cannot follow
+
+# Of the modules below `**dd` are the device and the dtype of their weights.
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution of channels-last maps, `(B, H, W, C)` to the same."""
+
+    def __init__(self, dim: int, kernel_size: int, **dd: Any):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+
 
 # --- bi-level routing attention (section 3.2) -------------------------------------------------------------------------
 
 
 @register_notrace_function
-def region_size_of(x: Tensor, n_win: int) -> List[int]:
-    """Size of a region when a `(B, H, W, C)` map is cut into (about) `n_win` x `n_win` of them; at least one token."""
-    h, w = x.shape[1] // n_win, x.shape[2] // n_win
-    if isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt):
-        return [h, w]
-    return [max(h, 1), max(w, 1)]
+def region_size_of(x: Tensor, n_win: int, up: bool) -> List[int]:
+    """Size of a region when a `(B, H, W, C)` map is cut into `n_win` x `n_win` of them; rounded `up`, or down to 1."""
+    if up:
+        return [ceil_div(x.shape[1], n_win), ceil_div(x.shape[2], n_win)]
+    return [max(x.shape[1] // n_win, 1), max(x.shape[2] // n_win, 1)]
 
 
 @register_notrace_function
@@ -76,23 +82,18 @@ class RegionRouter(nn.Module):
         soft_routing: bool = False,
         diff_routing: bool = False,
         param_routing: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        **dd: Any,
     ):
         super().__init__()
         if diff_routing and not soft_routing:
-            raise ValueError(
-                "diff_routing needs soft_routing: a hard choice has no gradient (the paper has none either)"
-            )
+            raise ValueError("diff_routing needs soft_routing: a hard choice has no gradient")
         if param_routing and not diff_routing:
-            raise ValueError(
-                "param_routing needs diff_routing: without a gradient its weights would never learn"
-            )
+            raise ValueError("param_routing needs diff_routing: without it its weights would never learn")
         self.topk = topk
         self.scale = scale
         self.soft_routing = soft_routing
         self.diff_routing = diff_routing
-        self.emb = nn.Linear(dim, dim, device=device, dtype=dtype) if param_routing else nn.Identity()
+        self.emb = nn.Linear(dim, dim, **dd) if param_routing else nn.Identity()
 
     def forward(self, q: Tensor, k: Tensor, region_size: List[int]) -> Tuple[Tensor, Optional[Tensor]]:
         """Routes `(B, R, topk)` and, for soft routing, their weights, from `(B, H, W, C)` queries and keys."""
@@ -127,9 +128,8 @@ class KeyValuePool(nn.Module):
                 f"kv_downsample_mode must be identity, {', '.join(pools)}, got {mode!r}"
                 + (" (announced by the authors, never built)" if mode in ("fracpool", "conv") else "")
             )
-        size = per_win if mode.startswith("ada") else ratio
+        name, size = ("kv_per_wins", per_win) if mode.startswith("ada") else ("kv_downsample_ratios", ratio)
         if size < 1:
-            name = "kv_per_wins" if mode.startswith("ada") else "kv_downsample_ratios"
             raise ValueError(f"{name} must be at least 1 with kv_downsample_mode {mode!r}, got {size}")
         self.pool = pools[mode]()
 
@@ -170,11 +170,9 @@ class BiLevelRoutingAttention(nn.Module):
         param_attention: str = "qkvo",
         auto_pad: bool = True,
         pad_after: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        **dd: Any,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.dim = dim
         self.qk_dim = qk_dim or dim
         if num_heads < 1 or self.qk_dim % num_heads or dim % num_heads:
@@ -186,11 +184,9 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError(f"param_attention must be 'qkvo' or 'qkv', got {param_attention!r}")
         self.num_heads = num_heads
         self.n_win = n_win
-        self.auto_pad = auto_pad
-        self.pad_after = pad_after
-        self.scale = (
-            qk_scale or self.qk_dim**-0.5
-        )  # by width, not by head width: what the released weights expect
+        self.pad_before = auto_pad and not pad_after
+        # by width, not by head width: what the released weights expect
+        self.scale = qk_scale or self.qk_dim**-0.5
         self.router = RegionRouter(
             self.qk_dim, topk, self.scale, soft_routing, diff_routing, param_routing, **dd
         )
@@ -199,26 +195,23 @@ class BiLevelRoutingAttention(nn.Module):
             kv_downsample_mode != "identity" and kv_downsample_ratio != 1
         )
         self.kv_pool = KeyValuePool(kv_downsample_mode, kv_per_win, kv_downsample_ratio) if has_pool else None
-        self.lepe = depthwise_conv(dim, side_dwconv, **dd) if side_dwconv > 0 else None
+        self.lepe = DepthwiseConv(dim, side_dwconv, **dd) if side_dwconv > 0 else None
         self.proj = nn.Linear(dim, dim, **dd) if param_attention == "qkvo" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[1], x.shape[2]
-        if self.auto_pad and not self.pad_after:
-            x = pad_to_multiple(x, self.n_win)
-        region_size = region_size_of(x, self.n_win)
+        region_size = region_size_of(x, self.n_win, self.pad_before)
+        if self.pad_before:
+            x = pad_grid(x, region_size[0] * self.n_win, region_size[1] * self.n_win)
         q, k, v = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
         routes, weights = self.router(q, k, region_size)
-        values = v
-        kv_region_size = region_size
+        values, kv_size = v, region_size
         if self.kv_pool is not None:
-            kv, kv_region_size = self.kv_pool(torch.cat([k, v], dim=-1), region_size)
+            kv, kv_size = self.kv_pool(torch.cat([k, v], dim=-1), region_size)
             k, v = kv.split([self.qk_dim, self.dim], dim=-1)
-        x = routed_attention(
-            q, k, v, routes, region_size, self.num_heads, self.scale, kv_region_size, weights
-        )
+        x = routed_attention(q, k, v, routes, region_size, self.num_heads, self.scale, kv_size, weights)
         if self.lepe is not None:
-            x = x + self.lepe(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = x + self.lepe(values)
         return self.proj(crop_grid(x, h, w))
 
 
@@ -229,71 +222,42 @@ class FullAttention(nn.Module):
     *input* (`lepe_of="input"`), of the values (`"value"`, in `biformer_stl_nchw`), or none.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        side_dwconv: int = 5,
-        lepe_of: str = "input",
-        device: Any = None,
-        dtype: Any = None,
-    ):
+    def __init__(self, dim: int, num_heads: int = 8, side_dwconv: int = 5, lepe_of: str = "input", **dd: Any):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         if dim % num_heads:
             raise ValueError(f"{num_heads} heads must divide the width {dim}; set num_heads_full")
         self.num_heads = num_heads
         self.lepe_of_input = lepe_of == "input"
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.lepe = depthwise_conv(dim, side_dwconv, **dd) if lepe_of != "none" and side_dwconv > 0 else None
+        self.lepe = DepthwiseConv(dim, side_dwconv, **dd) if lepe_of != "none" and side_dwconv > 0 else None
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
         qkv = self.qkv(x)
         local = x if self.lepe_of_input else qkv[..., 2 * c :]
-        q, k, v = (
-            qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        head_dim = c // self.num_heads
+        q, k, v = qkv.reshape(b, h * w, 3, self.num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)
         if self.lepe is not None:
-            x = x + self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = x + self.lepe(local)
         return self.proj(x)
 
 
 class ConvAttention(nn.Module):
     """The authors' attention-free ablation (`topk` 0): a 5 x 5 depthwise convolution between two projections."""
 
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None):
+    def __init__(self, dim: int, **dd: Any):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
-        self.dwconv = depthwise_conv(dim, 5, **dd)
-        self.conv2 = nn.Conv2d(dim, dim, 1, **dd)
+        self.conv1 = nn.Linear(dim, dim, **dd)
+        self.dwconv = DepthwiseConv(dim, 5, **dd)
+        self.conv2 = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.dwconv(self.conv1(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        return self.conv2(self.dwconv(self.conv1(x)))
 
 
 # --- block, stage, network (section 3.3) ------------------------------------------------------------------------------
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between, and optionally a 3 x 3 depthwise convolution before it."""
-
-    def __init__(self, dim: int, hidden: int, dwconv: bool = False, device: Any = None, dtype: Any = None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.dwconv = depthwise_conv(hidden, 3, **dd) if dwconv else None
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        if self.dwconv is not None:
-            x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
 
 
 class BiFormerBlock(nn.Module):
@@ -309,26 +273,27 @@ class BiFormerBlock(nn.Module):
         pre_norm: bool = True,
         layer_scale_init_value: float = -1.0,
         drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        **dd: Any,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         scale = layer_scale_init_value
         self.pre_norm = pre_norm
-        self.pos_embed = depthwise_conv(dim, before_attn_dwconv, **dd) if before_attn_dwconv > 0 else None
+        self.pos_embed = DepthwiseConv(dim, before_attn_dwconv, **dd) if before_attn_dwconv > 0 else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = attn
         self.ls1 = LayerScale(dim, scale, **dd) if scale > 0 else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim), mlp_dwconv, **dd)
+        hidden = int(mlp_ratio * dim)
+        self.mlp = Mlp(dim, hidden, **dd)
+        if mlp_dwconv:
+            self.mlp.act = nn.Sequential(DepthwiseConv(hidden, 3, **dd), nn.GELU())
         self.ls2 = LayerScale(dim, scale, **dd) if scale > 0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
-            x = x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = x + self.pos_embed(x)
         if self.pre_norm:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -336,51 +301,34 @@ class BiFormerBlock(nn.Module):
         return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
 
 
-class ConvStem(nn.Module):
-    """Two 3 x 3 convolutions of stride 2."""
+class Stem(nn.Sequential):
+    """Two 3 x 3 convolutions of stride 2, or one 4 x 4 of stride 4 (Swin's layout)."""
 
-    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
-        self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
+    def __init__(self, in_chans: int, dim: int, swin_layout: bool, **dd: Any):
+        if swin_layout:
+            super().__init__(nn.Conv2d(in_chans, dim, 4, stride=4, **dd), nn.BatchNorm2d(dim, **dd))
+        else:
+            super().__init__(
+                nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
+                nn.BatchNorm2d(dim // 2, **dd),
+                nn.GELU(),
+                nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
+                nn.BatchNorm2d(dim, **dd),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         # channels last from here on: the blocks work on (B, H, W, C), and no map is ever laid out anew
         x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        for layer in self:
+            x = layer(x)
+        return x
 
 
-class PatchStem(nn.Module):
-    """One 4 x 4 convolution of stride 4 (Swin's layout)."""
-
-    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None):
-        super().__init__()
-        self.conv = nn.Conv2d(in_chans, dim, 4, stride=4, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
-
-
-class Downsample(nn.Module):
-    """Halves the map between stages: 3 x 3 convolution then norm, or norm then 2 x 2 convolution (Swin's layout)."""
-
-    def __init__(
-        self, in_dim: int, dim: int, norm_first: bool = False, device: Any = None, dtype: Any = None
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm_first = norm_first
-        kernel_size, padding = (2, 0) if norm_first else (3, 1)
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride=2, padding=padding, **dd)
-        self.norm = nn.BatchNorm2d(in_dim if norm_first else dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.norm(x)) if self.norm_first else self.norm(self.conv(x))
+def downsample(in_dim: int, dim: int, swin_layout: bool, **dd: Any) -> nn.Module:
+    """Halves the map between stages: 3 x 3 convolution and norm, or norm and 2 x 2 convolution (Swin's layout)."""
+    if swin_layout:
+        return nn.Sequential(nn.BatchNorm2d(in_dim, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd))
+    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd))
 
 
 class BiFormer(StagedBackbone):
@@ -483,105 +431,64 @@ class BiFormer(StagedBackbone):
             if topks[i] < 0:
                 lepe_of = "none" if topks[i] == -1 else "value" if pad_after else "input"
                 return FullAttention(dim, num_heads_full, side_dwconv, lepe_of, **dd)
-            heads, pool = (
-                qk_dims[i] // head_dim,
-                (kv_downsample_mode, kv_per_wins[i], kv_downsample_ratios[i]),
-            )
-            routing = (soft_routing, diff_routing, param_routing)
+            heads = qk_dims[i] // head_dim
+            pool = kv_downsample_mode, kv_per_wins[i], kv_downsample_ratios[i]
+            routing = soft_routing, diff_routing, param_routing
             return BiLevelRoutingAttention(
                 dim, heads, n_win, topks[i], qk_dims[i], qk_scale, side_dwconv, *pool, *routing,
                 param_attention=param_attention, auto_pad=auto_pad, pad_after=pad_after, **dd,
             )  # fmt: skip
 
-        self.stem = (PatchStem if swin_layout else ConvStem)(in_chans, embed_dims[0], **dd)
+        self.stem = Stem(in_chans, embed_dims[0], swin_layout, **dd)
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
         for i, dim in enumerate(embed_dims):
-            downsample = (
-                Downsample(embed_dims[i - 1], dim, norm_first=swin_layout, **dd) if i else nn.Identity()
-            )
+            options = mlp_ratios[i], mlp_dwconv, before_attn_dwconv, pre_norm, layer_scale_init_value
             blocks = [
-                BiFormerBlock(
-                    dim,
-                    attention(i),
-                    mlp_ratio=mlp_ratios[i],
-                    mlp_dwconv=mlp_dwconv,
-                    before_attn_dwconv=before_attn_dwconv,
-                    pre_norm=pre_norm,
-                    layer_scale_init_value=layer_scale_init_value,
-                    drop_path=drop_path_rates[i][j],
-                    **dd,
-                )
-                for j in range(depths[i])
+                BiFormerBlock(dim, attention(i), *options, drop_path=r, **dd) for r in drop_path_rates[i]
             ]
-            stages.append(Stage(downsample, blocks))
+            down = downsample(embed_dims[i - 1], dim, swin_layout, **dd) if i else nn.Identity()
+            stages.append(Stage(down, blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(self.num_features, **dd)
-        self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
-        )
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
-        self.apply(self._init_weights)
+        named_apply(init_weights_vit_timm, self)
         if img_size is not None:
             image = torch.empty(0, in_chans, *to_2tuple(img_size), device="meta")
             check_image(image, in_chans, self.smallest_image, self.image_multiple)
-
-    @staticmethod
-    def _init_weights(m: nn.Module) -> None:
-        if isinstance(m, nn.Linear):
-            trunc_normal_(m.weight, std=0.02)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 # the authors' names, by pattern; order matters
 _RENAMES = (
+    (r"^downsample_layers\.0\.", "stem."),
     (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
     (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"\.attn\.qkv\.qkv\.", ".attn.qkv."),
-    (r"\.attn\.wo\.", ".attn.proj."),
-    (r"\.attn\.qkv_linear\.", ".attn.qkv."),
-    (r"\.attn\.output_linear\.", ".attn.proj."),
+    (r"\.attn\.(qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
+    (r"\.attn\.(wo|output_linear)\.", ".attn.proj."),
     (r"\.attn\.1\.", ".attn.conv1."),
     (r"\.attn\.2\.", ".attn.dwconv."),
     (r"\.attn\.3\.", ".attn.conv2."),
     (r"\.mlp\.0\.", ".mlp.fc1."),
-    (r"\.mlp\.1\.dwconv\.", ".mlp.dwconv."),
+    (r"\.mlp\.1\.dwconv\.", ".mlp.act.0."),
     (r"\.mlp\.[23]\.", ".mlp.fc2."),
     (r"\.gamma([12])$", r".ls\1.gamma"),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
-_CONV_LAYOUT = {
-    "stages.0.downsample.0.": "stem.conv1.",
-    "stages.0.downsample.1.": "stem.norm1.",
-    "stages.0.downsample.3.": "stem.conv2.",
-    "stages.0.downsample.4.": "stem.norm2.",
-    ".downsample.0.": ".downsample.conv.",
-    ".downsample.1.": ".downsample.norm.",
-}
-_SWIN_LAYOUT = {
-    "stages.0.downsample.0.": "stem.conv.",
-    "stages.0.downsample.1.": "stem.norm.",
-    ".downsample.0.": ".downsample.norm.",
-    ".downsample.1.": ".downsample.conv.",
-}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Turn the authors' checkpoint layouts into ours; ours passes through. Refuses what does not fit the model."""
     state_dict = dict(state_dict)
     if any(key.startswith("downsample_layers.") for key in state_dict):
-        layout = _CONV_LAYOUT if "downsample_layers.0.3.weight" in state_dict else _SWIN_LAYOUT
         renamed = {}
         for key, value in state_dict.items():
             for pattern, replacement in _RENAMES:
                 key = re.sub(pattern, replacement, key)
-            for old, new in layout.items():
-                key = key.replace(old, new)
             renamed[key] = value
         state_dict = renamed
     # the authors' later rewrite has 1 x 1 convolutions where we have linear layers
@@ -603,9 +510,10 @@ def _create_biformer(variant: str, pretrained: bool = False, **kwargs: Any) -> B
     )
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+def _cfg(share: str = "", **kwargs: Any) -> dict[str, Any]:
+    """`share` is the id under which the authors share the file."""
     return {
-        "url": url,
+        "url": f"https://api.onedrive.com/v1.0/shares/s!{share}/root/content" if share else "",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -613,7 +521,7 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
+        "first_conv": "stem.0",
         "classifier": "head.fc",
         "license": "mit",
         "paper_ids": "arXiv:2303.08810",
@@ -623,18 +531,16 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _share(name: str) -> str:
-    """Address of a file that the authors share."""
-    return f"https://api.onedrive.com/v1.0/shares/s!{name}/root/content"
-
-
 default_cfgs = generate_default_cfgs(
     {
-        "biformer_tiny.in1k": _cfg(_share("AkBbczdRlZvChHEOoGkgwgQzEDlM")),
-        "biformer_small.in1k": _cfg(_share("AkBbczdRlZvChHDyM-x9KWRBZ832")),
-        "biformer_base.in1k": _cfg(_share("AkBbczdRlZvChHI_XPhoadjaNxtO")),
-        "biformer_stl.in1k": _cfg(_share("AkBbczdRlZvChSf-m7ujkvx9lIQ1"), first_conv="stem.conv"),
-        "biformer_stl_nchw.in1k": _cfg(_share("AkBbczdRlZvChWYrKbWbMgqd2Ai0"), first_conv="stem.conv"),
+        "biformer_tiny.in1k": _cfg("AkBbczdRlZvChHEOoGkgwgQzEDlM"),
+        "biformer_small.in1k": _cfg("AkBbczdRlZvChHDyM-x9KWRBZ832"),
+        "biformer_base.in1k": _cfg("AkBbczdRlZvChHI_XPhoadjaNxtO"),
+        "biformer_stl.in1k": _cfg("AkBbczdRlZvChSf-m7ujkvx9lIQ1"),
+        "biformer_stl_nchw.in1k": _cfg("AkBbczdRlZvChWYrKbWbMgqd2Ai0"),
+        "biformer_pico.untrained": _cfg(
+            input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, license="apache-2.0"
+        ),
     }
 )
 
@@ -679,3 +585,15 @@ def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
     """The authors' rewrite of BiFormer-STL: same figures, other padding, LePE of the values in stage 4."""
     model_args = dict(_SWIN_T, pad_after=True)
     return _create_biformer("biformer_stl_nchw", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def biformer_pico(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """Ours, for images of 32 x 32 and training on a laptop: 0.9 M parameters, no published weights."""
+    model_args = {
+        "depths": (1, 1, 1, 1),
+        "embed_dims": (32, 64, 128, 160),
+        "n_win": 4,
+        "topks": (2, 4, -2, -2),
+    }
+    return _create_biformer("biformer_pico", pretrained, **dict(model_args, **kwargs))

@@ -207,9 +207,10 @@ def _from_hub(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, _, revision = hub_id.partition("@")
+    folder = None if cache_dir is None else Path(cache_dir)
     for name in (filename,) if filename else _HUB_NAMES:
         try:
-            path = hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir)
+            path = hf_hub_download(repository, name, revision=revision or None, cache_dir=folder)
         except (EntryNotFoundError, OSError) as error:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 continue

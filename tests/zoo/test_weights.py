@@ -178,7 +178,7 @@ def test_classes_and_channels_adapt_as_timm_users_expect(authors_file):
         "biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=1
     )
     assert model.head.fc.weight.shape == (5, 512)
-    assert model.stem.conv1.weight.shape[1] == 1
+    assert model.stem[0].weight.shape[1] == 1
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
     net = timm.create_model(
         "biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True

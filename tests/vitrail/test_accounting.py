@@ -1,10 +1,11 @@
-"""The cost of sparse attention beside the dense trunk's."""
+"""Costs in the terms of the papers: sparse attention beside the dense trunk's, patches projected as copies."""
 
+import pytest
 import timm
 import torch
 
+from vitrail.accounting import attention_cost, repeated_projections
 from vitrail.cli import main
-from vitrail.mhsa import attention_cost
 from vitrail.profiling import profile
 
 
@@ -37,3 +38,22 @@ def test_the_command_prints_it_beside_the_claim(capsys):
     assert "0.091 GMAC, 49% below the 0.179 of dense; claimed 48% to 69%" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_patches_of_stvit_r_are_counted_as_the_authors_copy_them():
+    model = timm.create_model("stvit_r_swin_small").eval()
+    # 4 patches of 10 x 10 tokens on 14 x 14, keys and values of width 384, in each of 3 rounds
+    assert repeated_projections(model, torch.zeros(2, 3, 224, 224)) == 2 * 3 * (4 * 100 - 196) * 2 * 384**2
+
+
+@pytest.mark.parametrize("name", ["stvit_r_swin_small", "stvit_r_swin_base"])
+def test_stvit_r_costs_what_was_published_but_for_these_copies(name):
+    report = profile(name)
+    assert report.ok
+    gmac = next(c for c in report.comparisons if c.figure.startswith("GMAC with patches projected as copies"))
+    assert abs(gmac.deviation) < 0.002
+    assert report.macs / 1e9 < gmac.ours - 0.1
+
+
+def test_other_models_project_nothing_twice():
+    assert repeated_projections(timm.create_model("davit_fused_pico"), torch.zeros(1, 3, 32, 32)) == 0
