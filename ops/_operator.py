@@ -207,7 +207,7 @@ class Operator:
         grad, *tensors = ctx.saved_tensors
         inputs = self._restore(tensors, ctx.settings)
         present = [i for i in self._wanted if inputs[i] is not None]
-        grads = [g for g, i in zip(grads, self._wanted, strict=True) if inputs[i] is not None]
+        given = [g for g, i in zip(grads, self._wanted, strict=True) if inputs[i] is not None]
         with torch.enable_grad():
             args, leaves = self._leaves(inputs)
             grad = grad.detach().requires_grad_()
@@ -215,7 +215,7 @@ class Operator:
                 self.definition(*args), leaves, grad, create_graph=True, materialize_grads=True
             )
             # a gradient that does not depend on anything has no second derivative
-            used = [(f, g) for f, g in zip(first, grads, strict=True) if f.requires_grad and g is not None]
+            used = [(f, g) for f, g in zip(first, given, strict=True) if f.requires_grad and g is not None]
             second = torch.autograd.grad(
                 [f for f, _ in used], [grad, *leaves], [g for _, g in used], materialize_grads=True
             )
