@@ -153,7 +153,7 @@ def sources(models: list[str]) -> Iterator[str]:
 def weights_of(model: str) -> str:
     """What is known of weights that cannot be fetched."""
     paper = published_figures(model)
-    return paper.weights if paper else "none: ours, to be trained"
+    return paper.weights if paper else "none; to be trained"
 
 
 def weights_page() -> str:

@@ -345,21 +345,9 @@ class DaViT(StagedBackbone):
             stages.append(Stage(downsample, blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
-        if head_norm_first:
-            self.norm = norm_2d(self.num_features, **dd)
-            self.head = ClassifierHead(
-                self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
-            )
-        else:
-            self.norm = nn.Identity()
-            self.head = NormMlpClassifierHead(
-                self.num_features,
-                num_classes,
-                pool_type=global_pool,
-                drop_rate=drop_rate,
-                norm_layer=norm_2d,
-                **dd,
-            )
+        self.norm = norm_2d(self.num_features, **dd) if head_norm_first else nn.Identity()
+        head: Any = ClassifierHead if head_norm_first else partial(NormMlpClassifierHead, norm_layer=norm_2d)
+        self.head = head(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.apply(partial(self._init_weights, convolutions=weight_init == "conv"))
         if img_size is not None:

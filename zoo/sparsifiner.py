@@ -25,7 +25,6 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     Mlp,
@@ -41,7 +40,8 @@ from torch import Tensor, nn
 
 from ..ops import connectivity_topk, sparse_attention
 from .layers import check_img_size, check_patches
-from .weights import build_model, check_state_dict, resample_tokens, resize_grid
+from .sparsifiner_weights import ADVICE, cfg, checkpoint_filter_fn
+from .weights import build_model, resize_grid
 
 for _function in (connectivity_topk, sparse_attention):
     register_notrace_function(_function)  # they check their arguments, which torch.fx cannot follow
@@ -462,6 +462,7 @@ class Sparsifiner(VisionTransformer):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        attn_mask: Optional[Tensor] = None,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """Image tokens after the blocks, with zeros where they were pruned.
 
@@ -473,7 +474,9 @@ class Sparsifiner(VisionTransformer):
             stop_early: skip the blocks after the last one wanted.
             output_fmt: `NCHW` for maps, `NLC` for lists of tokens.
             intermediates_only: leave the final features out.
+            attn_mask: must be None, as the network chooses its own.
         """
+        assert attn_mask is None, "attn_mask must be None"
         assert output_fmt in ("NCHW", "NLC"), "output_fmt must be NCHW or NLC"
         wanted, last = feature_take_indices(len(self.blocks), indices)
         x, found = self._run(self._embed(x), last + 1 if stop_early else len(self.blocks), wanted)
@@ -530,43 +533,7 @@ def _shares(name: str, value: Union[float, Sequence[float]], powers: Sequence[in
     return shares
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-# the authors' names
-_RENAMES = {
-    ".mask_predictor.proj_c_q.": ".predictor.q_down.",
-    ".mask_predictor.proj_c_k.": ".predictor.k_down.",
-    ".mask_predictor.proj_n": ".predictor.token_down",
-    ".mask_predictor.proj_back_n": ".predictor.basis",
-}
-
-
-def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: Sparsifiner) -> Dict[str, Tensor]:
-    """Turn the authors' layout, or the trunk's (DeiT, LV-ViT), into ours. Refuses what does not fit the model.
-
-    What belongs to another image size is resampled. A trunk without predictors leaves the model's as they are.
-    """
-    renamed = {}
-    for key, value in state_dict.items():
-        for old, new in _RENAMES.items():
-            key = key.replace(old, new)
-        renamed[key] = value
-    predictors = {key: value for key, value in model.state_dict().items() if ".predictor." in key}
-    for key in [key for key in renamed if key.endswith(".basis") and key not in predictors]:
-        if torch.equal(renamed[key], renamed[key.replace(".basis", ".token_down")]):
-            del renamed[key]  # one matrix, which the authors save under both names
-    if not any(".predictor." in key for key in renamed):
-        warnings.warn(
-            "the checkpoint holds a trunk without connectivity predictors: they keep their initial values, "
-            "train them first (reconstruction_loss)",
-            stacklevel=2,
-        )
-        renamed |= predictors
-    resample_tokens(renamed, model, (".token_down", ".basis"))
-    rows = {value.shape[-1] for key, value in renamed.items() if key.endswith((".token_down", ".basis"))}
-    if len(rows) == 1 and model.free_num_basis:
-        model.set_num_basis(rows.pop())
-    return check_state_dict(renamed, model)
+# --- variants ---------------------------------------------------------------------------------------------------------
 
 
 def _create_sparsifiner(variant: str, pretrained: bool = False, **kwargs: Any) -> Sparsifiner:
@@ -579,35 +546,6 @@ def _create_sparsifiner(variant: str, pretrained: bool = False, **kwargs: Any) -
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **kwargs,
     )
-
-
-ADVICE = (
-    "the authors released no trained Sparsifiner. Start from the trunk's weights, e.g. "
-    "timm.create_model('{tag}', pretrained=True), and train; or pass a file of your own: "
-    "pretrained_cfg_overlay=dict(file=...)"
-)
-
-
-def cfg(url: str = "", **kwargs: Any) -> Dict[str, Any]:
-    """What timm knows of a set of weights."""
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "mit",
-        "paper_ids": "arXiv:2303.13755",
-        "paper_name": "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers",
-        "origin_url": "https://github.com/lim142857/Sparsifiner",
-        **kwargs,
-    }
 
 
 def _deit(size: str) -> Dict[str, Any]:

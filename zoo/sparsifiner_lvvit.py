@@ -19,7 +19,8 @@ from timm.layers import PatchEmbed, get_device_dtype, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .sparsifiner import ADVICE, Sparsifiner, cfg, checkpoint_filter_fn
+from .sparsifiner import Sparsifiner
+from .sparsifiner_weights import ADVICE, cfg, checkpoint_filter_fn
 from .weights import build_model
 
 

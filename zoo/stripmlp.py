@@ -8,19 +8,18 @@ Published code: https://github.com/Med-Process/Strip_MLP (MIT).
                                      +------ halved ------+--|------ halved -------+  |
                                                              +------ halved ----------+
 
-A block (figure 3) is token mixing and channel mixing, each with a residual. Token mixing splits the channels in two
-halves. The first goes through cascade group strip mixing (section 3.2): every token receives a weighted sum of the
+A block (figure 2) is token mixing and channel mixing, each with a residual. Token mixing splits the channels in two
+halves. The first goes through cascade group strip mixing (CGSMM): every token receives a weighted sum of the
 tokens of its row and of the two rows beside it, then the same along columns; channels share a weight in groups. The
-second goes through local strip mixing (section 3.3): 3 x 7 and 7 x 3 depthwise convolutions, blended with the identity.
+second goes through local strip mixing (LSMM): 3 x 7 and 7 x 3 depthwise convolutions, blended with the identity.
 Channel mixing is a 7 x 7 depthwise convolution and an MLP with global response normalisation.
 
 Strip weights join every position of a row to every other, so a network is made for one image size. `set_input_size`
-makes it one for another, and a checkpoint of another size is resampled as it is loaded; see `resample_strips`.
+makes it one for another, and a checkpoint of another size is resampled as it is loaded; see `stripmlp_weights.py`.
 
 Inside a stage maps are channels last, `(B, H, W, C)`; between stages they are `(B, C, H, W)`, as timm wants them.
 """
 
-import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, List, Optional, Tuple, Union
@@ -45,52 +44,12 @@ from torch import Tensor, nn
 
 from ..ops import strip_mix
 from .layers import StagedBackbone, check_img_size
+from .stripmlp_weights import from_authors, resample_strips, resample_table
 from .weights import build_model, check_state_dict
 
 register_notrace_function(strip_mix)  # it branches on sizes, which torch.fx cannot follow
-torch.fx.wrap(
-    "check_img_size"
-)  # likewise; it comes before any module of this file, when timm looks at functions
-
-# --- weights of one size for another ----------------------------------------------------------------------------------
-
-
-def _resize(old: int, new: int, like: Tensor) -> Tensor:
-    """`(new, old)` matrix that resizes a strip linearly, with antialiasing; its rows sum to one."""
-    eye = torch.eye(old, device=like.device, dtype=like.dtype)
-    return F.interpolate(eye[None, :, None], size=(1, new), mode="bilinear", antialias=True)[0, :, 0].t()
-
-
-def resample_strips(weight: Tensor, bias: Tensor, length: int) -> Tuple[Tensor, Tensor]:
-    """Strip weights `(3, L, L, groups)` and biases `(L, groups)` for strips of another length.
-
-    The layer that results resizes a strip to L positions, mixes it as before, and resizes what comes out: over more
-    positions a weight is spread thinner, and what becomes of a constant strip stays the same. The three taps are
-    neighbours, not positions, and stay as those of a convolution do.
-    """
-    if weight.shape[1] == length:
-        return weight, bias
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    up, down = _resize(weight.shape[1], length, wide), _resize(length, weight.shape[1], wide)
-    resampled = torch.einsum("mi,tijg,jn->tmng", up, wide, down).contiguous()
-    return resampled.to(weight.dtype), (up @ bias.to(wide.dtype)).to(bias.dtype)
-
-
-def resample_table(table: Tensor, extent: int) -> Tensor:
-    """A table over relative distances -M to M, `(2M + 1, C)`, for distances up to `extent`.
-
-    A distance keeps its meaning as a share of the map; between two old distances lies their linear interpolation. The
-    two ends of a table are never used, hence never learned, so nothing is taken from them.
-    """
-    old = table.shape[0] // 2
-    if old == extent:
-        return table
-    wide = table.to(torch.promote_types(table.dtype, torch.float32))
-    distance = torch.arange(-extent, extent + 1, device=table.device, dtype=wide.dtype) * (old / extent)
-    place = distance.clamp(1 - old, old - 1) + old
-    below = place.floor().long()
-    above = (below + 1).clamp(max=2 * old - 1)
-    return torch.lerp(wide[below], wide[above], (place - below)[:, None]).to(table.dtype)
+# likewise; it is called before any module of this file, which is when timm's registration takes hold
+torch.fx.wrap("check_img_size")
 
 
 def _resampled(old: nn.Parameter, new: Tensor) -> nn.Parameter:
@@ -98,7 +57,7 @@ def _resampled(old: nn.Parameter, new: Tensor) -> nn.Parameter:
     return old if new is old else nn.Parameter(new.detach(), requires_grad=old.requires_grad)
 
 
-# --- cascade group strip mixing (section 3.2) -------------------------------------------------------------------------
+# --- cascade group strip mixing ---------------------------------------------------------------------------------------
 
 
 class RelativePosition(nn.Module):
@@ -130,7 +89,7 @@ class RelativePosition(nn.Module):
 
 
 class StripLayer(nn.Module):
-    """Mixing along strips of one length, and across adjacent ones (figure 2): rows for `axis` 2, columns for 1."""
+    """Mixing along strips of one length, and across adjacent ones: rows for `axis` 2, columns for 1."""
 
     def __init__(self, length: int, groups: int, axis: int, device: Any = None, dtype: Any = None):
         super().__init__()
@@ -184,7 +143,7 @@ class CascadeGroupStripMixing(nn.Module):
         return self.col_fuse(torch.cat([x, self.col_mix(self.col_pos(rows))], dim=-1))
 
 
-# --- local strip mixing (section 3.3) ---------------------------------------------------------------------------------
+# --- local strip mixing -----------------------------------------------------------------------------------------------
 
 
 class LocalStripMixing(nn.Module):
@@ -206,7 +165,7 @@ class LocalStripMixing(nn.Module):
         return torch.addcmul(torch.addcmul(x * of_x, rows, of_rows), cols, of_cols)
 
 
-# --- block, stage, network (section 3.4) ------------------------------------------------------------------------------
+# --- block, stage, network (figure 2) ---------------------------------------------------------------------------------
 
 
 def strip_groups(dim: int) -> int:
@@ -224,7 +183,7 @@ def strip_groups(dim: int) -> int:
 
 
 class TokenMixing(nn.Module):
-    """Both mixings, each on half of the channels, `(B, H, W, C)` to the same (figure 3)."""
+    """Both mixings, each on half of the channels, `(B, H, W, C)` to the same."""
 
     def __init__(self, dim: int, size: Tuple[int, int], device: Any = None, dtype: Any = None):
         super().__init__()
@@ -275,13 +234,7 @@ class StripMLPBlock(nn.Module):
     """Token mixing and channel mixing, each with a residual."""
 
     def __init__(
-        self,
-        dim: int,
-        size: Tuple[int, int],
-        mlp_ratio: float = 3.0,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        self, dim: int, size: Tuple[int, int], mlp_ratio: float, drop_path: float, device: Any, dtype: Any
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -456,78 +409,30 @@ class StripMLP(StagedBackbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to the last, normalised map."""
-        x = self.forward_stem(x)
-        merged: List[Tensor] = []
-        for stage in self.stages:
-            x = stage(x, merged)
-        return self.norm(x)
+        return self.norm(self.forward_stages(self.forward_stem(x), len(self.stages))[-1])
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
-# the authors' names, by pattern; order matters
-_RENAMES = (
-    (r"^patch_embed\.", "stem."),
-    (r"^blocks(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
-    (r"^merging(\d)\.", r"stages.\1.downsample."),
-    (r"^conv_s1_28\.", "stages.2.skips.0."),
-    (r"^conv_s1_14\.", "stages.3.skips.0."),
-    (r"^conv_s2_14\.", "stages.3.skips.1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    (r"\.dwsc\.conv_merge\.BN\.", ".norm1."),
-    (r"\.dwsc\.conv_merge\.Conv\.", ".dwconv."),
-    (r"\.smlp_block\.mlp\.0\.", ".proj."),
-    (r"\.smlp_block\.mlp\.1\.", ".norm2."),
-    (r"\.smlp_block\.fuse\.", ".fuse."),
-    (r"\.smlp_block\.fc_h\.", ".local.row_conv."),
-    (r"\.smlp_block\.fc_w\.", ".local.col_conv."),
-    (r"\.smlp_block\.reweight\.", ".local.reweight."),
-    (r"\.smlp_block\.BN\.", ".strips.norm."),
-    (r"\.smlp_block\.relate_pos_h\.embeddings_table$", ".strips.row_pos.table"),
-    (r"\.smlp_block\.relate_pos_w\.embeddings_table$", ".strips.col_pos.table"),
-    (r"\.smlp_block\.proj_h\.", ".strips.row_mix."),
-    (r"\.smlp_block\.proj_w\.", ".strips.col_mix."),
-    (r"\.smlp_block\.fuse_h\.", ".strips.row_fuse."),
-    (r"\.smlp_block\.fuse_w\.", ".strips.col_fuse."),
-    (r"\.channel_mixing\.conv_77\.", ".channel_mixing.dwconv."),
-    (r"\.channel_mixing\.layer_norm\.", ".channel_mixing.norm."),
-    (r"\.channel_mixing\.grn\.gamma$", ".channel_mixing.mlp.grn.weight"),
-    (r"\.channel_mixing\.grn\.beta$", ".channel_mixing.mlp.grn.bias"),
-    (r"\.channel_mixing\.fc(\d)\.", r".channel_mixing.mlp.fc\1."),
-)
 
-
-def _from_authors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names and their convolutions between positions (groups x L channels) as ours."""
-    converted = {}
-    for name, value in state_dict.items():
-        key = name
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        weight = state_dict.get(re.sub("bias$", "weight", name))
-        if "_mix." in key and weight is not None and weight.dim() == 4 and not len(weight) % weight.shape[1]:
-            value = value.unflatten(0, (-1, weight.shape[1]))
-            value = value.t() if value.dim() == 2 else value.squeeze(3).permute(3, 1, 2, 0)
-        converted[key] = value.flatten() if ".grn." in key else value
-    return converted
-
-
-def _resample(state_dict: dict[str, Tensor], model: "StripMLP") -> Tuple[dict[str, Tensor], bool]:
-    """Strip weights and position tables of another size for the size of the model; whether there were any."""
-    resampled: dict[str, Tensor] = {}
+def _resample(state_dict: dict[str, Tensor], model: "StripMLP") -> bool:
+    """Bring strip weights and position tables of another size to the model's, in place; whether there were any."""
+    before = dict(state_dict)
     for name, module in model.named_modules():
         if isinstance(module, StripLayer):
             weight, bias = state_dict.get(f"{name}.weight"), state_dict.get(f"{name}.bias")
             length, groups = module.bias.shape
-            if weight is None or bias is None or weight.shape == module.weight.shape:
+            if weight is None or bias is None or bias.shape != (len(bias), groups):
                 continue
-            if weight.shape == (3, len(bias), len(bias), groups) and bias.shape == (len(bias), groups):
-                resampled[f"{name}.weight"], resampled[f"{name}.bias"] = resample_strips(weight, bias, length)
+            if weight.shape == (3, len(bias), len(bias), groups):
+                state_dict[f"{name}.weight"], state_dict[f"{name}.bias"] = resample_strips(
+                    weight, bias, length
+                )
         elif isinstance(module, RelativePosition):
             table = state_dict.get(f"{name}.table")
-            if table is not None and table.shape != module.table.shape and len(table) % 2:
-                resampled[f"{name}.table"] = resample_table(table, max(module.size))
-    return state_dict | resampled, bool(resampled)
+            if table is not None and len(table) % 2:
+                state_dict[f"{name}.table"] = resample_table(table, max(module.size))
+    return any(state_dict[key] is not value for key, value in before.items())
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: "StripMLP") -> dict[str, Tensor]:
@@ -537,14 +442,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: "StripMLP") -> di
     """
     state_dict = dict(state_dict)
     if any(key.startswith("patch_embed.") for key in state_dict):
-        state_dict = _from_authors(state_dict)
+        state_dict = from_authors(state_dict)
     # the authors have 1 x 1 convolutions where we have linear layers
     for key, value in model.state_dict().items():
         if value.dim() == 2 and key in state_dict and state_dict[key].shape[2:] == (1, 1):
             state_dict[key] = state_dict[key].flatten(1)
     first = "stages.0.blocks.0.token_mixing.strips."
     sides = [len(state_dict.get(f"{first}{x}_mix.bias", ())) * model.patch_size for x in ("col", "row")]
-    state_dict, resampled = _resample(state_dict, model)
+    resampled = _resample(state_dict, model)
     state_dict = check_state_dict(state_dict, model)
     if resampled:
         warnings.warn(
@@ -577,7 +482,7 @@ def _create_stripmlp(variant: str, pretrained: bool = False, **kwargs: Any) -> S
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
         advice="train it, that takes minutes" if variant == "stripmlp_pico" else _ADVICE,
-        **kwargs,
+        **_VARIANTS[variant] | kwargs,
     )
 
 
@@ -612,36 +517,40 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "stripmlp_tiny_light": {"depths": (2, 2, 6, 2), "embed_dim": 80},
+    "stripmlp_tiny": {"depths": (2, 2, 12, 2), "embed_dim": 80},
+    "stripmlp_small": {"depths": (2, 2, 18, 2), "embed_dim": 96},
+    "stripmlp_base": {"depths": (2, 2, 18, 2), "embed_dim": 112},
+    "stripmlp_pico": {"depths": (1, 1, 2, 1), "embed_dim": 24, "patch_size": 2, "img_size": 32},
+}
+
+
 @register_model
 def stripmlp_tiny_light(pretrained: bool = False, **kwargs: Any) -> StripMLP:
     """Strip-MLP-T*: 18.2 M parameters, 2.5 GMAC, 81.2% top-1 (published)."""
-    model_args = {"depths": (2, 2, 6, 2), "embed_dim": 80}
-    return _create_stripmlp("stripmlp_tiny_light", pretrained, **dict(model_args, **kwargs))
+    return _create_stripmlp("stripmlp_tiny_light", pretrained, **kwargs)
 
 
 @register_model
 def stripmlp_tiny(pretrained: bool = False, **kwargs: Any) -> StripMLP:
     """Strip-MLP-T: 24.9 M parameters, 3.7 GMAC, 82.2% top-1 (published)."""
-    model_args = {"depths": (2, 2, 12, 2), "embed_dim": 80}
-    return _create_stripmlp("stripmlp_tiny", pretrained, **dict(model_args, **kwargs))
+    return _create_stripmlp("stripmlp_tiny", pretrained, **kwargs)
 
 
 @register_model
 def stripmlp_small(pretrained: bool = False, **kwargs: Any) -> StripMLP:
     """Strip-MLP-S: 42.6 M parameters, 6.8 GMAC, 83.3% top-1 (published)."""
-    model_args = {"depths": (2, 2, 18, 2), "embed_dim": 96}
-    return _create_stripmlp("stripmlp_small", pretrained, **dict(model_args, **kwargs))
+    return _create_stripmlp("stripmlp_small", pretrained, **kwargs)
 
 
 @register_model
 def stripmlp_base(pretrained: bool = False, **kwargs: Any) -> StripMLP:
     """Strip-MLP-B: 57.2 M parameters, 9.2 GMAC, 83.6% top-1 (published)."""
-    model_args = {"depths": (2, 2, 18, 2), "embed_dim": 112}
-    return _create_stripmlp("stripmlp_base", pretrained, **dict(model_args, **kwargs))
+    return _create_stripmlp("stripmlp_base", pretrained, **kwargs)
 
 
 @register_model
 def stripmlp_pico(pretrained: bool = False, **kwargs: Any) -> StripMLP:
-    """For experiments on a laptop, ours: 32 x 32 images, 0.6 M parameters."""
-    model_args = {"img_size": 32, "patch_size": 2, "depths": (1, 1, 2, 1), "embed_dim": 24}
-    return _create_stripmlp("stripmlp_pico", pretrained, **dict(model_args, **kwargs))
+    """Ours, small enough to train on a laptop: 32 x 32 images, 0.9 M parameters, 9.4 MMAC."""
+    return _create_stripmlp("stripmlp_pico", pretrained, **kwargs)

@@ -22,9 +22,8 @@ from vitrail.zoo.stripmlp import (
     StripMLP,
     StripMLPBlock,
     checkpoint_filter_fn,
-    resample_strips,
-    resample_table,
 )
+from vitrail.zoo.stripmlp_weights import resample_strips, resample_table
 from vitrail.zoo.weights import CheckpointError, convert_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -547,7 +546,7 @@ def test_every_parameter_belongs_to_a_layer_of_the_layer_wise_schedule():
 
 def test_blocks_compute_the_same_whatever_the_memory_layout():
     torch.manual_seed(0)
-    block = StripMLPBlock(16, (4, 6)).double().eval()
+    block = StripMLPBlock(16, (4, 6), 3.0, 0.0, None, None).double().eval()
     x = torch.randn(2, 4, 6, 16, dtype=torch.float64)
     other = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert not other.is_contiguous()
