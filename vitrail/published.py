@@ -22,6 +22,8 @@ class Published:
     """Parameters in millions."""
     gmac: float | None = None
     """Multiply-accumulates in billions for one image of `img_size`."""
+    repeated: float = 0.0
+    """What of `gmac` the authors' code computes again, on copies of the same tokens, and ours does not."""
     top1: float | None = None
     """ImageNet-1K top-1 accuracy in percent."""
     img_size: int = 224

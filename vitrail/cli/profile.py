@@ -66,6 +66,8 @@ def render(report: "ProfileReport", terminal: Terminal) -> "list[RenderableType]
     ]
     for c in report.comparisons:
         verdict = "as published" if c.ok else "NOT as published"
+        if c.repeated:
+            verdict += f" but for {c.repeated:g} on copies of tokens"
         facts.append((c.figure, f"{c.ours:.2f}, paper {c.paper:g}: {c.deviation:+.1%}, {verdict}"))
     if report.attention:
         cost = report.attention
