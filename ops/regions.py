@@ -13,12 +13,16 @@ from torch import Tensor
 
 def is_zero(n: int) -> bool:
     """Whether a number is zero; of an open size, whether it is for every value, which ties a graph to nothing."""
-    if torch.jit.is_scripting() or not isinstance(n, torch.SymInt):
-        return n == 0
-    else:
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
+    return n == 0 if torch.jit.is_scripting() else _always_zero(n)
 
-        return statically_known_true(n == 0)
+
+@torch.jit.unused
+def _always_zero(n: int) -> bool:
+    if not isinstance(n, torch.SymInt):
+        return n == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(n == 0)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -1,6 +1,6 @@
 """Efficient vision backbones for PyTorch. Importing the package registers its models with timm.
 
-`profile` (parameters and multiply-accumulates) and `routing_picture` (which regions a region attends to) live here
+`profile` (parameters and multiply-accumulates) and `explain_picture` (what a place in a photo looks at) live here
 too and are imported when first used.
 """
 
@@ -15,12 +15,12 @@ if not (Path(__file__).parent / "zoo").is_dir():
 from . import zoo as zoo
 
 if TYPE_CHECKING:
-    from .explain import routing_picture as routing_picture
+    from .explain import explain_picture as explain_picture
     from .profiling import profile as profile
 
 __version__ = "0.1.0"
 
-_LAZY = {"profile": "profiling", "routing_picture": "explain"}
+_LAZY = {"profile": "profiling", "explain_picture": "explain"}
 
 
 def __getattr__(name: str) -> Any:

@@ -142,7 +142,10 @@ def _weights(name: str) -> tuple[str, str | None]:
     if cfg is not None and isinstance(cfg.url, str) and cfg.url:
         return f"pretrained=True, from {urlsplit(cfg.url).hostname}", cfg.url
     published = published_figures(name)
-    return (published.weights, published.code) if published else ("none published", None)
+    if published:
+        return published.weights, published.code
+    trunks = [tagged.partition(".")[2] for tagged in timm.list_models(f"{name}.*_init", pretrained=True)]
+    return (f"none published; start from the trunk's (tag {trunks[0]})" if trunks else "none published"), None
 
 
 def describe(name: str) -> ModelRow:
@@ -167,7 +170,7 @@ def describe(name: str) -> ModelRow:
     )
 
 
-def size_rule(model: nn.Module) -> str:
+def size_rule(model: Any) -> str:
     """Which image sizes a model takes, in words."""
     cfg = pretrained_cfg(model)
     height, width = default_size(cfg["architecture"])

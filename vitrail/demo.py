@@ -1,4 +1,4 @@
-"""Everything at work on one photo: feature pyramid, routing, cost, speed, and a verified ONNX file."""
+"""Everything at work on one photo: feature pyramid, what the model looks at, cost, speed, and a verified ONNX file."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .catalog import create_model
-from .explain import Routing, routing_picture
+from .explain import View, explain_picture
 from .export import ExportReport, Preprocessing, to_onnx
 from .export.files import write_atomically
 from .export.images import load_image, sample_photos
@@ -56,7 +56,7 @@ class DemoReport:
     random_weights: bool
     photo: str
     features: list[tuple[int, ...]]
-    routings: list[Routing]
+    views: list[View]
     profile: ProfileReport
     speed: Speed
     export: ExportReport
@@ -77,16 +77,7 @@ class DemoReport:
             "random_weights": self.random_weights,
             "photo": self.photo,
             "features": [list(shape) for shape in self.features],
-            "routing": [
-                {
-                    "stage": r.stage,
-                    "block": r.block,
-                    "grid": list(r.grid),
-                    "asking": list(r.region_at((0.5, 0.5))),
-                    "attended": sorted(map(list, r.attended_from(r.region_at((0.5, 0.5))))),
-                }
-                for r in self.routings
-            ],
+            "views": [view.to_dict() for view in self.views],
             "profile": self.profile.to_dict(),
             "speed": asdict(self.speed) | {"ratio": self.speed.ratio},
             "export": self.export.to_dict(),
@@ -140,20 +131,20 @@ def run_demo(
     begin: Callable[[str], None] = lambda text: None,
     detail: Callable[[str], None] = lambda text: None,
 ) -> DemoReport:
-    """Take one photo through a model with routed attention and write all results into a folder.
+    """Take one photo through a model and write all results into a folder.
 
-    Writes `routing.png`, `MODEL.onnx` and `report.json`.
+    Writes `picture.png` (see `explain_picture`), `MODEL.onnx` and `report.json`.
 
     Args:
         output: the folder; it is created.
-        model_name: one of `biformer_*`.
+        model_name: one of vitrail's models.
         image: a photo; default: one that scikit-learn ships.
         checkpoint: weights in our layout or the authors'; default: random ones from a fixed seed.
         begin: called with a line of text when a step begins.
         detail: called with what happens inside a step.
 
     Raises:
-        ValueError: unknown model or one without routed attention, unreadable photo.
+        ValueError: unknown model or one with nothing to look at, unreadable photo.
         ExportError: the ONNX file could not be made or does not compute the same.
         OSError: files that can't be read or written.
     """
@@ -184,15 +175,15 @@ def run_demo(
         features = [tuple(f.shape) for f in model.forward_intermediates(images, intermediates_only=True)]
     lap("features")
 
-    begin("drawing where the photo's centre looks")
+    begin("drawing what the photo's centre looks at")
     note = f"{source.name} at {size[0]}x{size[1]}. "
     if checkpoint is None:
         note += (
             f"Random weights (seed {_SEED}): this shows the mechanism, not what a trained network looks at."
         )
-    title = f"{model_name}: where the region at the photo's centre looks"
-    routings = routing_picture(model, photo, folder / "routing.png", title=title, note=note)
-    lap("routing")
+    title = f"{model_name}: what the photo's centre looks at"
+    views = explain_picture(model, photo, folder / "picture.png", title=title, note=note)
+    lap("picture")
 
     begin("counting parameters and multiply-accumulates")
     cost = profile(model_name)
@@ -208,7 +199,7 @@ def run_demo(
     export = to_onnx(model, onnx_file, metadata={"weights": weights}, progress=detail)
     lap("export")
 
-    files = {"routing": "routing.png", "onnx": onnx_file.name, "report": "report.json"}
+    files = {"picture": "picture.png", "onnx": onnx_file.name, "report": "report.json"}
     files = {what: str(folder / name) for what, name in files.items()}
     report = DemoReport(
         model_name,
@@ -216,7 +207,7 @@ def run_demo(
         checkpoint is None,
         str(source),
         features,
-        routings,
+        views,
         cost,
         speed,
         export,

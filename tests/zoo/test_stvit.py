@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitrail.ops import use_ops
-from vitrail.profiling import count_with_torch
+from vitrail.profiling import count_with_torch, profile
 from vitrail.zoo.stvit import max_pool_bins
 from vitrail.zoo.stvit_swin import STViTSwin, checkpoint_filter_fn
 from vitrail.zoo.stvit_weights import from_swin_names
@@ -188,6 +188,15 @@ def test_stvit_r_does_what_was_published_with_three_percent_fewer_products(name,
     assert got[0] == pytest.approx(params, abs=0.005)
     repeated = 3 * (4 * (9 + 100) - (36 + 196)) * (dim * 2 * dim + 5 * dim) / 1e9
     assert got[1] + repeated == pytest.approx(gmac, rel=0.001)
+
+
+def test_the_profile_says_which_products_are_saved_and_counts_every_operation():
+    report = profile("stvit_r_swin_small")
+    assert report.ok, report.failures
+    (gmac,) = (c for c in report.comparisons if c.figure.startswith("GMAC"))
+    assert gmac.ours == pytest.approx(report.macs / 1e9 + 0.1805, rel=1e-4)
+    assert gmac.paper == 5.82
+    assert [(path.path, path.uncounted) for path in report.paths] == [("fused", {}), ("reference", {})]
 
 
 @pytest.mark.parametrize(("name", "params"), [("tiny", 28.29), ("small", 49.61), ("base", 87.77)])

@@ -22,6 +22,7 @@ _EXAMPLES = """\
 examples:
   vitrail demo
   vitrail demo --image holiday.jpg --output holiday/
+  vitrail demo --model sparsifiner_small
   vitrail demo --model biformer_small --checkpoint biformer_small.safetensors
 """
 
@@ -31,10 +32,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "demo",
         parents=[common],
-        help="a photo through a model: features, routing picture, cost, speed, verified ONNX file",
-        description="Take a photo through a model with routed attention: shapes of the feature pyramid, a picture of\n"
-        "which regions the photo's centre attends to, cost beside the paper's, speed of the compiled\n"
-        "operators, and a verified ONNX file. Takes a minute or two; writes everything into a folder.\n"
+        help="a photo through a model: features, a picture, cost, speed, verified ONNX file",
+        description="Take a photo through a model: shapes of the feature pyramid, a picture of what its centre looks\n"
+        "at (regions, windows, strips, chosen keys, semantic tokens), cost beside the paper's, speed of the\n"
+        "compiled operators, and a verified ONNX file. Takes a minute or two; writes everything into a folder.\n"
         "Weights are random unless --checkpoint names some, so class scores mean nothing.",
         epilog=_EXAMPLES,
     )
@@ -50,7 +51,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         type=model_name,
         default="biformer_tiny",
         metavar="MODEL",
-        help="one of biformer_* (default: %(default)s)",
+        help="one of vitrail's models (default: %(default)s)",
     )
     parser.add_argument(
         "--image",
@@ -81,8 +82,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from ..export.images import load_image
     from ..zoo.weights import CheckpointError
 
-    if family_of(args.model) != "biformer":
-        raise UsageError(f"{args.model} has no routed attention to show; choose one of biformer_*")
+    if family_of(args.model) is None:
+        raise UsageError(f"{args.model} is timm's; choose a model of vitrail's (`vitrail models` lists them)")
     if args.image is not None:
         try:
             load_image(Path(args.image))
@@ -110,7 +111,7 @@ def render(report: "DemoReport", terminal: Terminal, seconds: float) -> list[Any
             f"{report.weights}; class scores mean nothing" if report.random_weights else report.weights,
         ),
         ("features", "  ".join(size_text(shape[1:]) for shape in report.features)),
-        ("routing", f"{report.files['routing']}: where the photo's centre looks, stage by stage"),
+        ("picture", f"{report.files['picture']}: what the photo's centre looks at, layer by layer"),
         ("parameters", f"{millions(cost.parameters)} M" + _beside(cost, "parameters (M)")),
         ("MACs", f"{cost.macs / 1e9:.2f} G" + _beside(cost, "GMAC")),
     ]

@@ -1,9 +1,12 @@
 """`vitrail models`: what there is."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .terminal import Terminal, UsageError, millions, size_text
+from .terminal import Terminal, UsageError, billions, millions, size_text
+
+if TYPE_CHECKING:
+    from ..catalog import ModelRow
 
 _EXAMPLES = """\
 examples:
@@ -29,6 +32,15 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _weights(row: "ModelRow") -> str:
+    """Where weights come from, in a few words."""
+    if row.weights_url and row.weights.startswith("pretrained=True, "):
+        return row.weights.removeprefix("pretrained=True, ")
+    if row.weights == "none published":
+        return "none, to be trained"
+    return "see docs/WEIGHTS.md"
+
+
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Print the table."""
     from ..catalog import describe, model_names
@@ -36,7 +48,12 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     names = model_names(args.filter)
     if not names:
         raise UsageError(f"no model matches '{args.filter}'; `vitrail models` lists them all")
-    rows = sorted((describe(name) for name in names), key=lambda row: (row.family, row.macs, row.name))
+    rows = []
+    with terminal.steps(len(names)) as steps:
+        for name in names:
+            steps.step(name)
+            rows.append(describe(name))
+    rows.sort(key=lambda row: (row.family, row.macs, row.name))
     document = {
         "models": [
             {
@@ -60,10 +77,10 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 row.name,
                 row.family,
                 millions(row.parameters),
-                f"{row.macs / 1e9:.2f}",
+                billions(row.macs),
                 size_text(row.img_size),
                 f"{row.published.top1}" if row.published and row.published.top1 else "",
-                row.weights,
+                _weights(row),
             ]
             for row in rows
         ],

@@ -48,6 +48,12 @@ class Steps:
             count = f"[{self._begun}/{self._total}] " if self._total else ""
             print(f"{count}{text}", file=sys.stderr, flush=True)
 
+    def step(self, text: str) -> None:
+        """Like `begin`, for a job whose steps are too many to print where there is no terminal."""
+        self._begun += 1
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text, completed=self._begun - 1)
+
     def detail(self, text: str) -> None:
         """Say what happens inside the current step; shown on a terminal only."""
         if self._progress is not None and self._task is not None:
@@ -273,6 +279,11 @@ def size_text(size: Sequence[int]) -> str:
 def millions(count: int, decimals: int = 2) -> str:
     """A count in millions."""
     return f"{count / 1e6:.{decimals}f}"
+
+
+def billions(count: int) -> str:
+    """A count in billions, with as many decimals as a small one needs."""
+    return f"{count / 1e9:.{2 if count >= 1e8 else 4}f}"
 
 
 class Stopwatch:
