@@ -135,7 +135,7 @@ def test_regions_of_a_padded_map_reach_past_the_image_and_are_cut(tiny):
 
 
 def test_keys_shown_are_those_that_heads_keep(monkeypatch):
-    model, lists = small("sparsifiner_pico"), []
+    model, lists = small("sparsifiner_pico", patch_size=4, depth=6), []
 
     def noting(q, k, v, keys, *args):
         lists.append(keys)
@@ -157,7 +157,7 @@ def test_keys_shown_are_those_that_heads_keep(monkeypatch):
 
 
 def test_after_pruning_tokens_are_shown_where_they_lie():
-    model = small("sparsifiner_pico", token_pruning_loc=[1, 3], token_keep_rate=0.7)
+    model = small("sparsifiner_pico", patch_size=4, token_pruning_loc=[1, 3], token_keep_rate=0.7)
     image = torch.randn(1, 3, 32, 32)
     last = [look(model, image, ((y + 0.5) / 8, (x + 0.5) / 8))[-1] for y in range(8) for x in range(8)]
     alive = {one.asking for one in last if one.text != "its token was pruned"}
