@@ -1,8 +1,8 @@
 """`channel_attention`: every channel attends to the channels of its head, over all tokens.
 
-DaViT, arXiv 2204.03645, section 3.3 (channel group attention): ordinary attention with the matrices transposed. The
-channels are what attends and the tokens are their features, so that scores sum over the whole image and are as many as
-a head is wide, whatever the image's size.
+DaViT, arXiv 2204.03645, "Channel Group Attention": ordinary attention with the matrices transposed. The channels are
+what attends and the tokens are their features, so that scores sum over the whole image, and their number is that of
+channels times the width of a head, whatever the image's size.
 """
 
 from typing import Optional
@@ -62,9 +62,9 @@ def channel_attention(
 ) -> Tensor:
     """Multi-head attention of every channel to the channels of its head, over all tokens.
 
-    DaViT, arXiv 2204.03645, section 3.3. In a head of d channels, `scores[i, j]` is `scale` times the sum over all
-    tokens t of `q[t, i] * k[t, j]`, and channel i of the result is, at every token, the mean of v's d channels weighted
-    by softmax(scores[i]). (The authors' code calls v, q, k what are q, k, v here.)
+    DaViT, arXiv 2204.03645, "Channel Group Attention". In a head of d channels, `scores[i, j]` is `scale` times the sum
+    over all tokens t of `q[t, i] * k[t, j]`, and channel i of the result is, at every token, the mean of v's d channels
+    weighted by softmax(scores[i]). (The authors' code calls k, v, q what are q, k, v here.)
 
     Args:
         q: `(B, H, W, C)` queries, heads interleaved in C; float32, float64, bfloat16 or float16 (sums and softmax are

@@ -27,9 +27,12 @@ def reference(
     score_threshold: float,
 ) -> Tensor:
     """The definition. Zero for `num_keys` or `num_coefficients` stands for choosing by threshold."""
-    coefficients, basis = logits.to(wide_dtype(logits)).softmax(-1), basis.to(wide_dtype(logits))
-    if 0 < num_coefficients < coefficients.shape[-1]:
-        values, largest = coefficients.topk(num_coefficients, -1, sorted=False)
+    logits, basis = logits.to(wide_dtype(logits)), basis.to(wide_dtype(logits))
+    coefficients = logits.softmax(-1)
+    if 0 < num_coefficients < logits.shape[-1]:
+        # the same choice as by coefficient, but for rounding: small logits make coefficients that are almost equal
+        largest = logits.topk(num_coefficients, -1, sorted=False).indices
+        values = coefficients.gather(-1, largest)
         coefficients = torch.zeros_like(coefficients).scatter(-1, largest, values)
     elif coefficient_threshold > 0:
         coefficients = F.threshold(coefficients, coefficient_threshold, 0.0)

@@ -5,11 +5,11 @@ Published code and weights: https://github.com/dingmyu/davit (MIT); weights in t
 
     image -> stem /4 -> stage 1 -> /8 -> stage 2 -> /16 -> stage 3 -> /32 -> stage 4 -> pool -> LayerNorm -> classifier
 
-A dual attention block (figure 3a) is two blocks after each other. The first attends in space: tokens look at the
-tokens of their 7 x 7 window (section 3.2). The second attends across channels: channels look at the channels of their
-group of 32, and a score sums over all tokens of the image, so that one block sees it whole (section 3.3). Both cost
-linearly in the number of tokens. Each has a 3 x 3 depthwise convolution for position before its attention and another
-before its MLP.
+A dual attention block is two blocks after each other. The first attends in space ("Spatial Window Attention"): tokens
+look at the tokens of their 7 x 7 window. The second attends across channels ("Channel Group Attention"): channels look
+at the channels of their group of 32, and a score sums over all tokens of the image, so that one block sees it whole.
+Both cost linearly in the number of tokens. Each has a 3 x 3 depthwise convolution for position before its attention and
+another before its MLP.
 
 The family is called `davit_fused` because `davit_*` are timm's names. Parameters have the names that timm gives them,
 and any input size runs: what windows lack at the border is filled as in the published code, without a padded map.
@@ -45,11 +45,11 @@ from .weights import build_model, check_state_dict
 for _function in (channel_attention, window_attention):
     register_notrace_function(_function)  # they branch on sizes, which torch.fx cannot follow
 
-# --- the two attentions -----------------------------------------------------------------------------------------------
+# --- spatial window attention and channel group attention -------------------------------------------------------------
 
 
 class WindowAttention(nn.Module):
-    """Attention of every token to those of its window, `(B, H, W, C)` to the same (section 3.2).
+    """Attention of every token to those of its window, `(B, H, W, C)` to the same.
 
     The published code pads a map that windows do not divide with zeros before the projection. Queries there are
     dropped, but keys and values take part: they are the projection's bias.
@@ -89,7 +89,7 @@ def token_scale(x: Tensor) -> float:
 
 
 class ChannelAttention(nn.Module):
-    """Attention of every channel to those of its group, over all tokens, `(B, H, W, C)` to the same (section 3.3).
+    """Attention of every channel to those of its group, over all tokens, `(B, H, W, C)` to the same.
 
     The projection's three parts are, in the terms of the operator, values, queries and keys: the released models
     multiply softmax(k^T v) by q. In the second version (`v2`: Florence-2's towers) they are what they are called, and
@@ -119,7 +119,7 @@ class ChannelAttention(nn.Module):
         return self.proj(channel_attention(k, v, q, self.num_heads))
 
 
-# --- block, stage, network (section 3.1) ------------------------------------------------------------------------------
+# --- block, stage, network --------------------------------------------------------------------------------------------
 
 
 class ConvPosEnc(nn.Module):
@@ -135,7 +135,7 @@ class ConvPosEnc(nn.Module):
 
 
 class DaViTBlock(nn.Module):
-    """Position, attention, position, MLP, each with a residual (figure 3a); the MLP may be left out."""
+    """Position, attention, position, MLP, each with a residual; the MLP may be left out."""
 
     def __init__(
         self,
@@ -294,11 +294,7 @@ class DaViT(StagedBackbone):
         if patch_size != 4:
             raise ValueError(
                 f"patch_size must be 4, got {patch_size}"
-                + (
-                    ": the published code builds 2, with a norm that does not fit the map"
-                    if patch_size == 2
-                    else ""
-                )
+                + ": the published code builds 2, with a norm that does not fit the map" * (patch_size == 2)
             )
         if down_kernel_size < 1 or (down_kernel_size % 2 == 0 and down_kernel_size != 2):
             raise ValueError(f"down_kernel_size must be 2 or odd, got {down_kernel_size}")

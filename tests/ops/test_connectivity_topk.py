@@ -128,6 +128,17 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(connectivity_topk(**mixed), connectivity_topk(**args))
 
 
+def test_logits_near_zero_are_told_apart_though_their_coefficients_round_to_the_same():
+    args = example(n=32, tokens=40)
+    args["logits"] = args["logits"] * 1e-9
+    keys = connectivity_topk(**args, num_keys=9, num_coefficients=8)
+    single = {name: x.float() for name, x in args.items()}
+    assert single["logits"].softmax(-1).unique().numel() == 1
+    assert torch.equal(
+        connectivity_topk(**single, num_keys=9, num_coefficients=8).sort().values, keys.sort().values
+    )
+
+
 def test_the_choice_carries_no_gradient():
     args = {name: x.requires_grad_() for name, x in example().items()}
     assert not connectivity_topk(**args, num_keys=2).requires_grad

@@ -144,6 +144,7 @@ def check(answer, version_is_installed=True):
     names = tree_files()
     assert answer["models"] == [
         "biformer_base",
+        "biformer_pico",
         "biformer_small",
         "biformer_stl",
         "biformer_stl_nchw",

@@ -264,7 +264,7 @@ def test_a_torchvision_detector_learns_on_a_photo(family):
         backbone,
         num_classes=3,
         anchor_generator=anchors,
-        fixed_size=family.size,
+        fixed_size=(family.size[1], family.size[0]),  # torchvision wants width, height
         size_divisible=1,
     )
     optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
