@@ -48,7 +48,9 @@ def create(case):
 def authors_checkpoint(case):
     """A whole state dict in the authors' layout, with all that a published file also holds."""
     derived = {
-        key: torch.zeros(entry["shape"]) for key, entry in case.manifest.items() if entry["kind"] == "derived"
+        key: torch.zeros(entry["shape"], dtype=torch.int64)
+        for key, entry in case.manifest.items()
+        if entry["kind"] == "derived"
     }
     return official_state_dict(case) | derived
 
@@ -398,7 +400,10 @@ def test_released_weights_are_on_the_hub():
 def test_a_file_as_the_authors_released_it_loads(tmp_path):
     """Theirs hold the training state beside the weights, and tables of indices and masks among them."""
     case = load_case(GOLDEN / "stvitr_swin_small_224.json")
-    state_dict = {key: value.float() for key, value in authors_checkpoint(case).items()}
+    weights = authors_checkpoint(case)
+    state_dict = {
+        key: value.float() if value.is_floating_point() else value for key, value in weights.items()
+    }
     torch.save({"model": state_dict, "epoch": 299}, tmp_path / "STViT-R-Swin-S.pth")
     overlay = {"file": str(tmp_path / "STViT-R-Swin-S.pth")}
     model = timm.create_model("stvit_r_swin_small", pretrained=True, pretrained_cfg_overlay=overlay)
@@ -471,11 +476,11 @@ def test_all_mismatches_are_listed():
     state_dict["stages.0.blocks.0.mlp.fc1.bias"] = torch.zeros(3)
     with pytest.raises(CheckpointError) as error:
         checkpoint_filter_fn(state_dict, model)
-    assert "4 mismatches" in str(error.value)
     for text in (
-        "missing norm.bias",
-        "missing stages.2.blocks.1.recovery.attn.q.weight",
-        "unknown layers.2.something",
-        "fc1.bias has shape (3,)",
+        "4 mismatches",
+        "stages.2.blocks.1.recovery.attn.q.weight",
+        "norm.bias",
+        "layers.2.something",
+        "fc1.bias (3,)",
     ):
         assert text in str(error.value)

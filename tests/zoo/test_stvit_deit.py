@@ -319,8 +319,8 @@ def test_all_mismatches_are_listed():
     with pytest.warns(UserWarning, match="DeiT"), pytest.raises(CheckpointError) as error:
         checkpoint_filter_fn(state_dict, model)
     for text in (
-        "blocks.8.mlp.fc1.weight holds NaN",
-        "pos_embed has shape (1, 196, 100)",
-        "missing blocks.0.norm1.bias",
+        "missing (1): blocks.0.norm1.bias",
+        "pos_embed (1, 196, 100)",
+        "NaN or infinity (1): blocks.8.mlp.fc1.weight",
     ):
         assert text in str(error.value)
