@@ -105,7 +105,7 @@ def region_means(x: Tensor, region_size: List[int]) -> Tensor:
     _, h, w, _ = x.shape
     rh, rw = region_size
     regions = partition(x, region_size)
-    if h % rh == 0 and w % rw == 0:
+    if is_zero(h % rh) and is_zero(w % rw):
         return regions.mean(2)
     rows = (h - rh * torch.arange(ceil_div(h, rh), device=x.device)).clamp(max=rh)
     cols = (w - rw * torch.arange(ceil_div(w, rw), device=x.device)).clamp(max=rw)

@@ -89,7 +89,8 @@ def test_height_and_width_are_free_at_any_size(tmp_path, name):
 
 
 @pytest.mark.long
-def test_regions_that_round_down_leave_the_sizes_that_they_divide(tmp_path):
+def test_regions_that_round_down_leave_the_sizes_open_too(tmp_path):
     model = short("biformer_stl_nchw", embed_dims=(16, 16, 16, 32), head_dim=8, topks=(1, 4, -2, -2))
     report = to_onnx(model, tmp_path / "m.onnx", dynamic=("height", "width"))
-    assert report.dynamic == {"height": "multiples of 56", "width": "multiples of 56"}
+    assert report.dynamic == dict.fromkeys(("height", "width"), "any (proven from 64 on)")
+    assert len({check.shape for check in report.verification.checks}) > 1
