@@ -481,7 +481,7 @@ def _create_stripmlp(variant: str, pretrained: bool = False, **kwargs: Any) -> S
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
-        advice="train it, that takes minutes" if variant == "stripmlp_pico" else _ADVICE,
+        advice="" if variant == "stripmlp_pico" else _ADVICE,
         **_VARIANTS[variant] | kwargs,
     )
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -24,7 +26,8 @@ def test_every_model_of_every_family_is_listed():
 
 
 def test_names_are_filtered_by_part_and_by_wildcard():
-    assert model_names("tiny") == ["biformer_tiny"]
+    assert model_names("tiny") == [n for n in model_names() if "tiny" in n]
+    assert {"biformer_tiny", "stripmlp_tiny_light", "stvit_r_swin_tiny"} <= set(model_names("tiny"))
     assert model_names("biformer_s*") == [n for n in model_names() if n.startswith("biformer_s")]
     assert model_names("nothing like it") == []
 
@@ -43,12 +46,14 @@ def test_a_model_is_described_without_allocating_its_weights(monkeypatch):
     assert all(parameter is None or parameter.is_meta for parameter in made)
 
 
-def test_every_model_has_a_family_and_published_figures():
-    for name in model_names():
+def test_every_model_has_a_family_and_figures_where_some_were_published():
+    without = {name for name in model_names() if published_figures(name) is None}
+    for name in set(model_names()) - without:
         figures = published_figures(name)
-        assert figures is not None
         assert figures.family == family_of(name)
         assert figures.url.startswith("https://arxiv.org/")
+    # ours, Florence-2's towers, and the forms of STViT that the paper has no table for
+    assert {name for name in without if not re.search("_pico$|_fl$|^stvit_(r_)?(swin|deit)_", name)} == set()
 
 
 def test_published_figures_ignore_the_tag_of_the_weights():

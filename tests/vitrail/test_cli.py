@@ -85,7 +85,7 @@ def test_the_version_is_the_packages(cli):
             ["export", "onnx", "biformer_stl", "out.onnx", "--img-size", "8"],
             "does not run at 8x8: images must be",
         ),
-        (["demo", "--model", "resnet18"], "resnet18 has no routed attention to show"),
+        (["demo", "--model", "resnet18"], "resnet18 is timm's; choose a model of vitrail's"),
         (["demo", "--image", "absent.jpg"], "there is no file 'absent.jpg'"),
         (["demo", "--image", __file__], "is not an image that can be read"),
         (["demo", "--output", __file__], "is a file; name a folder"),
@@ -195,7 +195,7 @@ def test_a_narrow_terminal_gets_the_same_facts_below_each_other(cli, monkeypatch
 
 
 def test_models_as_json(cli):
-    result = cli("models", "tiny", "--json")
+    result = cli("models", "biformer_tiny", "--json")
     (row,) = result.document["models"]
     assert row["name"] == "biformer_tiny"
     assert row["parameters"] == 13142760

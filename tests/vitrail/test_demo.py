@@ -35,11 +35,11 @@ def test_it_leaves_a_picture_a_model_and_a_report(demo):
     files = json.loads(done.stdout)["files"]
     assert sorted(p.name for p in (folder / "demo").iterdir()) == [
         "biformer_tiny.onnx",
+        "picture.png",
         "report.json",
-        "routing.png",
     ]
     assert json.loads((folder / files["report"]).read_text()) == json.loads(done.stdout)
-    with Image.open(folder / files["routing"]) as picture:
+    with Image.open(folder / files["picture"]) as picture:
         assert picture.format == "PNG"
 
 
@@ -52,8 +52,11 @@ def test_it_says_that_the_weights_are_random(demo):
 def test_it_shows_the_pyramid_the_routes_the_cost_and_the_verification(demo):
     document = json.loads(demo[1].stdout)
     assert document["features"] == [[1, 64, 56, 56], [1, 128, 28, 28], [1, 256, 14, 14], [1, 512, 7, 7]]
-    assert [len(block["attended"]) for block in document["routing"]] == [1, 1, 4, 4, *8 * [16]]
-    assert all(block["asking"] == [3, 3] for block in document["routing"])
+    routed = [view for view in document["views"] if view["operator"] == "routed_attention"]
+    assert [len(view["seen"]) for view in routed] == [1, 1, 4, 4, *8 * [16]]
+    assert all(
+        view["asking"] == [0.4286, 0.4286, 0.5714, 0.5714] for view in routed
+    )  # the middle one of 7 x 7
     assert document["profile"]["ok"] is True
     assert document["export"]["verification"]["checks"]
     assert Path(document["photo"]).name == "china.jpg"

@@ -40,12 +40,12 @@ def test_import_registers_the_models_with_timm():
 
 
 def test_public_functions_are_found_without_importing_their_modules_by_hand():
-    from vitrail.explain import routing_picture
+    from vitrail.explain import explain_picture
     from vitrail.profiling import profile
 
     assert vitrail.profile is profile
-    assert vitrail.routing_picture is routing_picture
-    assert {"profile", "routing_picture", "__version__"} <= set(dir(vitrail))
+    assert vitrail.explain_picture is explain_picture
+    assert {"profile", "explain_picture", "__version__"} <= set(dir(vitrail))
 
 
 def test_an_unknown_attribute_is_an_attribute_error():

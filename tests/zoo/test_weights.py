@@ -90,7 +90,7 @@ def bad_files(folder, authors_file):
         "missing layers": (write("partial.pth", partial), r"16 mismatches: missing \(16\): stages.2.blocks.0.*, stages.2.blocks.0.mlp.fc2.bias$"),
         "left-over keys": (write("extra.pth", dict(weights, surplus=torch.zeros(1))), r"1 mismatches: unknown \(1\): surplus$"),
         "NaN": (write("nan.pth", broken), r"with NaN or infinity \(1\): norm.bias$"),
-        "wrong channels": (write("channels.pth", channels), r"stem.conv1.weight \(32, 5, 3, 3\) instead of \(32, 3, 3, 3\)"),
+        "wrong channels": (write("channels.pth", channels), r"stem.0.weight \(32, 5, 3, 3\) instead of \(32, 3, 3, 3\)"),
         "wrong kind": (write("whole.pth", whole_numbers), r"of another kind \(4\): norm.weight torch.int64 instead of torch.float32, "),
         "all at once": (write("several.pth", several), r"3 mismatches: missing \(1\): norm.weight; unknown \(1\): surplus; with NaN or infinity \(1\): norm.bias"),
         "no tensors": (write("text_dict.pth", {"state_dict": {"a": "b"}}), "entries that are no tensors: a"),
