@@ -45,9 +45,8 @@ def crop_grid(x: Tensor, height: int, width: int) -> Tensor:
     if is_zero(more_h) and is_zero(more_w):
         return x
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads the first as constant)
-        if is_symbolic(
-            x
-        ):  # what a slice leaves is the smaller of two sizes, and no longer the one that is wanted
+        # what a slice leaves is the smaller of two sizes, and no longer the one that is wanted
+        if is_symbolic(x):
             return F.pad(x, (0, 0, 0, -more_w, 0, -more_h))
     return x[:, :height, :width]
 
