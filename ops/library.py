@@ -62,6 +62,15 @@ def set_mode(mode: str) -> None:
     _mode = mode
 
 
+def has_kernel(name: str, key: str) -> bool:
+    """Whether an operator (`vitrail::routed_attention`) has a kernel of its own on a device (`CPU`, `CUDA`).
+
+    Compiled kernels do so once their library is loaded; definitions stand behind all devices.
+    """
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    return found
+
+
 @contextlib.contextmanager
 def use_ops(mode: str) -> Iterator[None]:
     """Select the path inside a `with` block: `auto`, `fused` or `reference`. Holds for all threads."""

@@ -81,14 +81,10 @@ def _names() -> list[str]:
     return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vitrail::"))
 
 
-def _has_kernel(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-
-
 def _operators(status: library.LibraryStatus) -> list[OperatorPath]:
     paths = []
     for name in _names():
-        compiled = _has_kernel(name, "CPU") and status.mode != "reference"
+        compiled = library.has_kernel(name, "CPU") and status.mode != "reference"
         if compiled:
             reason = status.capability or "compiled"
         elif status.mode == "reference":
@@ -112,7 +108,7 @@ def _advice(status: library.LibraryStatus, machine: dict[str, Any]) -> list[str]
     if machine["threads"] < machine["cores"]:
         cause = "OMP_NUM_THREADS is set" if "OMP_NUM_THREADS" in os.environ else "torch was told or chose so"
         advice.append(f"torch uses {machine['threads']} of {machine['cores']} cores ({cause})")
-    if machine["cuda"] and not any(_has_kernel(name, "CUDA") for name in _names()):
+    if machine["cuda"] and not any(library.has_kernel(name, "CUDA") for name in _names()):
         advice.append(
             "the operators have no CUDA kernels yet: on the GPU their definitions in plain PyTorch run"
         )

@@ -125,7 +125,10 @@ def render(report: "DemoReport", terminal: Terminal, seconds: float) -> list[Any
         )
     else:
         facts.append(
-            ("speed", f"reference {speed.reference_ms:.0f} ms; no compiled operators: {speed.reason}")
+            (
+                "speed",
+                f"{speed.reference_ms:.0f} ms by the definitions; no compiled operators: {speed.reason}",
+            )
         )
     facts.append(("ONNX", f"{report.files['onnx']}, {export.size_bytes / 1e6:.1f} MB"))
     if export.verification:
