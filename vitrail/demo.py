@@ -136,7 +136,7 @@ def _why_not_compiled(operators: Collection[str] | None) -> str | None:
         return library.status().reason
     if operators is None or any(library.has_kernel(f"vitrail::{name}", "CPU") for name in operators):
         return None
-    return f"{', '.join(sorted(operators)) or 'the model'} has none yet"
+    return f"no kernel yet for {', '.join(sorted(operators)) or 'what the model uses'}"
 
 
 def run_demo(
