@@ -19,7 +19,8 @@ from vitrail.zoo.weights import CheckpointError, convert_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
-from seeded import check_tap, load_case, official_state_dict, relative_error, seeded_image, seeded_tensor  # noqa: E402
+from parity import authors_checkpoint, check_parity, keep_input, notebook  # noqa: E402
+from seeded import load_case, official_state_dict, relative_error, seeded_image, seeded_tensor  # noqa: E402
 
 CASES = sorted(path.stem for path in GOLDEN.glob("davit_*.npz"))
 OPTIONS = json.loads((GOLDEN / "davit_options.json").read_text())
@@ -38,10 +39,7 @@ def load(model, state_dict):
 
 def record_taps(model):
     """Hooks that note every feature map under its golden name, in the golden layout."""
-    taps = {}
-
-    def keep(module, name, view=lambda out: out):
-        module.register_forward_hook(lambda module, args, out: taps.__setitem__(name, view(out)))
+    taps, keep = notebook()
 
     keep(model.stem, "stem")
     for i, stage in enumerate(model.stages):
@@ -51,7 +49,7 @@ def record_taps(model):
         for j, pair in enumerate(stage.blocks):
             for kind, block in zip(("spatial", "channel"), pair, strict=True):
                 keep(block, f"stage{i}.block{j}.{kind}", lambda out: out.permute(0, 3, 1, 2))
-    model.head.fc.register_forward_pre_hook(lambda module, args: taps.__setitem__("pre_logits", args[0]))
+    keep_input(taps, model.head.fc, "pre_logits")
     return taps
 
 
@@ -63,21 +61,15 @@ def record_taps(model):
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_every_feature_map_equal_the_authors(name, mode):
     case = load_case(GOLDEN / f"{name}.json")
-    model = load(timm.create_model(ours(case.model), **case.kwargs), official_state_dict(case))
-    assert sum(p.numel() for p in model.parameters()) == case.params
-    taps = record_taps(model)
-    with torch.inference_mode(), use_ops(mode):
-        logits = model(seeded_image(case.input_shape, case.input_seed))
-    errors = {tap: check_tap(case, tap, taps[tap]) for tap in case.taps}
-    assert {tap: e for tap, e in errors.items() if e > 1e-9} == {}
-    assert relative_error(logits, case.logits) < 1e-9
+    model = load(timm.create_model(ours(case.model), **case.kwargs), authors_checkpoint(case))
+    check_parity(case, model, record_taps, mode)
 
 
 @pytest.mark.parametrize("mode", ["fused", "reference"])
 @pytest.mark.parametrize("name", ["davit_tiny_224", "davit_tiny_200x264"])
 def test_float32_stays_within_1e_5(name, mode):
     case = load_case(GOLDEN / f"{name}.json")
-    model = load(timm.create_model(ours(case.model), **case.kwargs), official_state_dict(case)).float()
+    model = load(timm.create_model(ours(case.model), **case.kwargs), authors_checkpoint(case)).float()
     with torch.inference_mode(), use_ops(mode):
         logits = model(seeded_image(case.input_shape, case.input_seed).float())
     assert relative_error(logits, case.logits) < 1e-5

@@ -17,17 +17,11 @@ from vitrail.zoo.weights import CheckpointError, convert_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
-from seeded import check_tap, load_case, official_state_dict, relative_error, seeded_image, seeded_tensor  # noqa: E402
+from parity import authors_checkpoint, check_parity, keep_input, notebook  # noqa: E402
+from seeded import load_case, relative_error, seeded_image, seeded_tensor  # noqa: E402
 
 CASES = sorted(path.stem for path in GOLDEN.glob("sparsifiner_*.npz"))
 OPTIONS = json.loads((GOLDEN / "sparsifiner_options.json").read_text())
-COUNTERS = "num_batches_tracked"
-
-
-def authors_checkpoint(case):
-    """A whole state dict in the authors' layout, with the counters that a published file also holds."""
-    counters = {key: torch.tensor(0) for key in case.manifest if key.endswith(COUNTERS)}
-    return official_state_dict(case) | counters
 
 
 def load(model, state_dict):
@@ -48,11 +42,8 @@ def connectivity(keys, num_keys, tokens, num_tokens):
 
 def record_taps(model):
     """Hooks that note every feature map under its golden name, in the golden layout."""
-    taps = {}
+    taps, keep = notebook()
     grid, num_tokens = model.patch_embed.grid_size, model.patch_embed.num_patches + 1
-
-    def keep(module, name, view=lambda out: out):
-        module.register_forward_hook(lambda module, args, out: taps.__setitem__(name, view(out)))
 
     keep(model.patch_embed, "stem", lambda out: out.mT.unflatten(2, grid))
     for i, block in enumerate(model.blocks):
@@ -75,7 +66,7 @@ def record_taps(model):
         block.register_forward_hook(note_block)
     keep(model.norm, "norm")
     keep(model.head, "head")
-    model.head.register_forward_pre_hook(lambda module, args: taps.__setitem__("pre_logits", args[0]))
+    keep_input(taps, model.head, "pre_logits")
     if hasattr(model, "aux_head"):
         keep(model.aux_head, "aux_head")
     return taps
@@ -90,13 +81,7 @@ def record_taps(model):
 def test_logits_every_feature_map_and_every_choice_equal_the_authors(name, mode):
     case = load_case(GOLDEN / f"{name}.json")
     model = load(timm.create_model(case.model, **case.kwargs), authors_checkpoint(case))
-    assert sum(p.numel() for p in model.parameters()) == case.params
-    taps = record_taps(model)
-    with torch.inference_mode(), use_ops(mode):
-        logits = model(seeded_image(case.input_shape, case.input_seed))
-    errors = {tap: check_tap(case, tap, taps[tap]) for tap in case.taps}
-    assert {tap: e for tap, e in errors.items() if e > 1e-9} == {}
-    assert relative_error(logits, case.logits) < 1e-9
+    check_parity(case, model, record_taps, mode)
 
 
 @pytest.mark.parametrize("mode", ["fused", "reference"])

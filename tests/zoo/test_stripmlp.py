@@ -28,18 +28,12 @@ from vitrail.zoo.weights import CheckpointError, convert_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
-from seeded import check_tap, load_case, official_state_dict, relative_error, seeded_image, seeded_tensor  # noqa: E402
+from parity import authors_checkpoint, check_parity, keep_input, notebook  # noqa: E402
+from seeded import load_case, relative_error, seeded_image, seeded_tensor  # noqa: E402
 
 CASES = sorted(path.stem for path in GOLDEN.glob("stripmlp_*.npz"))
 OPTIONS = json.loads((GOLDEN / "stripmlp_options.json").read_text())
-COUNTERS = "num_batches_tracked"
 SMALL = {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_classes": 5}
-
-
-def authors_checkpoint(case):
-    """A whole state dict in the authors' layout, with the counters that a published file also holds."""
-    counters = {key: torch.tensor(0) for key in case.manifest if key.endswith(COUNTERS)}
-    return official_state_dict(case) | counters
 
 
 def load(model, state_dict):
@@ -49,10 +43,7 @@ def load(model, state_dict):
 
 def record_taps(model):
     """Hooks that note every feature map under its golden name, in the golden layout."""
-    taps = {}
-
-    def keep(module, name, view=lambda out: out):
-        module.register_forward_hook(lambda module, args, out: taps.__setitem__(name, view(out)))
+    taps, keep = notebook()
 
     def keep_grid(module, name):
         keep(module, name, lambda out: out.permute(0, 3, 1, 2))
@@ -69,7 +60,7 @@ def record_taps(model):
     keep(model.stages[3].skips[0], "conv_s1_14")
     keep(model.stages[3].skips[1], "conv_s2_14")
     keep(model.norm, "norm")
-    model.head.fc.register_forward_pre_hook(lambda module, args: taps.__setitem__("pre_logits", args[0]))
+    keep_input(taps, model.head.fc, "pre_logits")
     return taps
 
 
@@ -82,13 +73,7 @@ def record_taps(model):
 def test_logits_and_every_feature_map_equal_the_authors(name, mode):
     case = load_case(GOLDEN / f"{name}.json")
     model = load(timm.create_model(case.model, **case.kwargs), authors_checkpoint(case))
-    assert sum(p.numel() for p in model.parameters()) == case.params
-    taps = record_taps(model)
-    with torch.inference_mode(), use_ops(mode):
-        logits = model(seeded_image(case.input_shape, case.input_seed))
-    errors = {tap: check_tap(case, tap, taps[tap]) for tap in case.taps}
-    assert {tap: e for tap, e in errors.items() if e > 1e-9} == {}
-    assert relative_error(logits, case.logits) < 1e-9
+    check_parity(case, model, record_taps, mode)
 
 
 @pytest.mark.parametrize("mode", ["fused", "reference"])

@@ -20,11 +20,10 @@ from vitrail.zoo.weights import CheckpointError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
+from parity import authors_checkpoint, check_parity, keep_input, notebook  # noqa: E402
 from seeded import (  # noqa: E402
-    check_tap,
     fingerprint,
     load_case,
-    official_state_dict,
     relative_error,
     seeded_image,
     seeded_tensor,
@@ -45,16 +44,6 @@ def create(case):
     return timm.create_model(case.model.replace("stvitr_", "stvit_r_"), **case.kwargs)
 
 
-def authors_checkpoint(case):
-    """A whole state dict in the authors' layout, with all that a published file also holds."""
-    derived = {
-        key: torch.zeros(entry["shape"], dtype=torch.int64)
-        for key, entry in case.manifest.items()
-        if entry["kind"] == "derived"
-    }
-    return official_state_dict(case) | derived
-
-
 def load(model, state_dict):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -64,10 +53,7 @@ def load(model, state_dict):
 
 def record_taps(model):
     """Hooks that note every feature map under its golden name, in the golden layout."""
-    taps = {}
-
-    def keep(module, name, view):
-        module.register_forward_hook(lambda module, args, out: taps.__setitem__(name, view(out)))
+    taps, keep = notebook()
 
     def same(x):
         return x
@@ -95,7 +81,7 @@ def record_taps(model):
                 keep(part, f"stage{i}.block{at + 1 + k}", tokens)
             keep(unit, f"stage{i}.block{at + 5}", image)
     keep(model.norm, "norm", same)
-    model.head.fc.register_forward_pre_hook(lambda module, args: taps.__setitem__("pre_logits", args[0]))
+    keep_input(taps, model.head.fc, "pre_logits")
     return taps
 
 
@@ -108,13 +94,7 @@ def record_taps(model):
 def test_logits_and_every_feature_map_equal_the_authors(name, mode):
     case = load_case(GOLDEN / f"{name}.json")
     model = load(create(case), authors_checkpoint(case))
-    assert sum(p.numel() for p in model.parameters()) == case.params
-    taps = record_taps(model)
-    with torch.inference_mode(), use_ops(mode):
-        logits = model(seeded_image(case.input_shape, case.input_seed))
-    errors = {tap: check_tap(case, tap, taps[tap]) for tap in case.taps}
-    assert {tap: e for tap, e in errors.items() if e > 1e-9} == {}
-    assert relative_error(logits, case.logits) < 1e-9
+    check_parity(case, model, record_taps, mode)
 
 
 @pytest.mark.parametrize("mode", ["fused", "reference"])

@@ -20,7 +20,8 @@ from vitrail.zoo.weights import CheckpointError, convert_checkpoint, read_checkp
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
-from seeded import load_case, official_state_dict, relative_error, seeded_image  # noqa: E402
+from parity import authors_checkpoint  # noqa: E402
+from seeded import load_case, relative_error, seeded_image  # noqa: E402
 
 
 class Malicious:
@@ -42,9 +43,8 @@ def authors_file(case, tmp_path_factory):
 
 
 def authors_weights(case):
-    """float32, with the counters that a published file also holds."""
-    counters = {key: torch.tensor(0) for key in case.manifest if key.endswith("num_batches_tracked")}
-    return {key: value.float() for key, value in official_state_dict(case).items()} | counters
+    """float32, with all that a published file also holds."""
+    return {key: x.float() if x.is_floating_point() else x for key, x in authors_checkpoint(case).items()}
 
 
 def partial_of(weights):
