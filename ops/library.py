@@ -147,7 +147,12 @@ def find_compiler() -> Compiler:
 def _instruction_sets() -> dict[str, tuple[str, ...]]:
     """The namespaces that kernels are compiled into, with their flags; slowest to compile first."""
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return {"avx512": _AVX512, "avx2": _AVX2, "portable": ()}
+        return {
+            "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+            "avx512": _AVX512,
+            "avx2": _AVX2,
+            "portable": (),
+        }
     return {"portable": ()}
 
 
@@ -462,7 +467,7 @@ class LibraryStatus:
     compiler: str | None
     compiler_version: str | None
     torch_version: str
-    capability: str | None  # instruction set in use, once loaded: default, avx2 or avx512
+    capability: str | None  # instruction set in use, once loaded: default, avx2, avx512 or avx512_bf16
     cache_dir: Path
     reason: str | None  # why the compiled operators are not available, if that is known
 

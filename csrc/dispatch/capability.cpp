@@ -12,7 +12,7 @@ Capability best_of_processor() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return Capability::kAvx512;
+        return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
     if (avx2) return Capability::kAvx2;
 #endif
     return Capability::kPortable;
@@ -23,7 +23,8 @@ Capability asked_for() {
     const std::string_view name = value ? value : "";
     if (name == "default") return Capability::kPortable;
     if (name == "avx2") return Capability::kAvx2;
-    return Capability::kAvx512;
+    if (name == "avx512") return Capability::kAvx512;
+    return Capability::kAvx512Bf16;
 }
 
 }  // namespace
@@ -41,6 +42,8 @@ Capability capability() {
 // For the Python side, which loads the library without a Python ABI and asks through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* vitrail_cpu_capability() {
     switch (vitrail::capability()) {
+        case vitrail::Capability::kAvx512Bf16:
+            return "avx512_bf16";
         case vitrail::Capability::kAvx512:
             return "avx512";
         case vitrail::Capability::kAvx2:

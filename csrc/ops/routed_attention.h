@@ -2,17 +2,10 @@
 // Plain data only: a function here would be compiled with several instruction sets under one name.
 #pragma once
 
-#include <cstdint>
+#include "../core/tensors.h"
+#include "../dispatch/backend.h"
 
 namespace vitrail {
-
-enum class Storage : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-// A grid of tokens, channels last and contiguous; strides in elements.
-struct Grid {
-    void* data;
-    int64_t image, row, column;
-};
 
 // A grid of tokens cut into regions, row by row; the last ones may reach past the grid.
 struct Regions {
@@ -50,14 +43,6 @@ struct Backend {
                    int64_t end);
 };
 
-namespace portable {
-extern const Backend kRoutedAttention;
-}
-namespace avx2 {
-extern const Backend kRoutedAttention;
-}
-namespace avx512 {
-extern const Backend kRoutedAttention;
-}
+VITRAIL_DECLARE_KERNELS(Backend, kRoutedAttention)
 
 }  // namespace vitrail

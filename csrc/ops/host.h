@@ -1,0 +1,174 @@
+// What the host sides of the operators share: checks with messages that name the value and the rule, views of
+// tensors, memory and threads. Not for kernels: it is compiled once, for the baseline instruction set.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <limits>
+#include <new>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../core/tensors.h"
+#include "../dispatch/backend.h"
+
+namespace vitrail {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMaxExtent = std::numeric_limits<int32_t>::max();
+
+inline std::string shape_of(const Tensor& t) {
+    std::ostringstream text;
+    text << "(";
+    for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+    text << ")";
+    return text.str();
+}
+
+inline const char* name_of(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        default:
+            return "another type";
+    }
+}
+
+// Checks of one operator's arguments; errors begin with its name.
+class Checks {
+  public:
+    explicit constexpr Checks(const char* op) : op_(op) {}
+
+    template <class Error = std::runtime_error, class... Parts>
+    [[noreturn]] void fail(const Parts&... parts) const {
+        std::ostringstream message;
+        message << op_ << ": ";
+        (message << ... << parts);
+        throw Error(message.str());
+    }
+
+    Storage storage(const char* name, const Tensor& t) const {
+        switch (t.scalar_type()) {
+            case ScalarType::Float:
+                return Storage::kFloat32;
+            case ScalarType::Double:
+                return Storage::kFloat64;
+            case ScalarType::BFloat16:
+                return Storage::kBFloat16;
+            case ScalarType::Half:
+                return Storage::kFloat16;
+            default:
+                fail(name, " must be float32, float64, bfloat16 or float16, got ", name_of(t.scalar_type()));
+        }
+    }
+
+    void on_cpu(const char* name, const Tensor& t) const {
+        if (!t.is_cpu()) fail(name, " must be on the CPU");
+    }
+
+    void dtype(const char* name, const Tensor& t, ScalarType type) const {
+        if (t.scalar_type() != type)
+            fail(name, " must be ", name_of(type), ", got ", name_of(t.scalar_type()));
+    }
+
+    void shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) const {
+        bool same = t.dim() == int64_t(expected.size());
+        for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == expected[i];
+        if (same) return;
+        std::ostringstream text;
+        for (size_t i = 0; i < expected.size(); ++i) text << (i ? ", " : "") << expected[i];
+        fail(name, " must have shape (", text.str(), "), got ", shape_of(t));
+    }
+
+    void contiguous_channels(const char* name, const Tensor& t) const {
+        const int64_t last = t.dim() - 1;
+        if (t.stride(last) != 1 && t.size(last) > 1)
+            fail("the last dimension of ", name, " must be contiguous (stride 1), got stride ",
+                 t.stride(last));
+    }
+
+    void heads(int64_t num_heads) const {
+        if (num_heads < 1) fail("num_heads must be at least 1, got ", num_heads);
+    }
+
+    // A (B, H, W, C) grid whose channels `heads` divides, like `q` in dtype and batch.
+    void grid(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
+        on_cpu(name, t);
+        if (t.dim() != 4) fail(name, " must have 4 dimensions (B, H, W, C), got shape ", shape_of(t));
+        if (t.scalar_type() != q.scalar_type())
+            fail(name, " must have the dtype of q, ", name_of(q.scalar_type()), ", got ",
+                 name_of(t.scalar_type()));
+        if (t.size(0) != q.size(0))
+            fail(name, " must have the batch size of q, ", q.size(0), ", got ", t.size(0));
+        if (t.size(3) == 0 || t.size(3) % heads != 0)
+            fail(name, " must have a positive multiple of num_heads = ", heads, " channels, got ", t.size(3));
+        contiguous_channels(name, t);
+        if (t.size(1) > kMaxExtent || t.size(2) > kMaxExtent)
+            fail(name, " must be at most ", kMaxExtent, " tokens high and wide, got shape ", shape_of(t));
+    }
+
+    // Keys or values on a grid of their own.
+    void same_grid(const char* name, const Tensor& t, const char* other, const Tensor& like) const {
+        if (t.size(1) != like.size(1) || t.size(2) != like.size(2))
+            fail(name, " must lie on the grid of ", other, ", ", like.size(1), " x ", like.size(2), ", got ",
+                 t.size(1), " x ", t.size(2));
+    }
+
+    void extent(const char* name, const std::vector<int64_t>& size) const {
+        if (size.size() == 2 && std::min(size[0], size[1]) >= 1 && std::max(size[0], size[1]) <= kMaxExtent &&
+            size[0] <= kMaxExtent / size[1])
+            return;
+        std::ostringstream text;
+        for (size_t i = 0; i < size.size(); ++i) text << (i ? ", " : "") << size[i];
+        fail(name, " must be two positive numbers whose product is at most ", kMaxExtent, ", got (",
+             text.str(), ")");
+    }
+
+  private:
+    const char* const op_;
+};
+
+inline ScalarType compute_type(Storage storage) {
+    return storage == Storage::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Grid grid_of(const Tensor& t) {
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+struct AlignedBuffer {
+    explicit AlignedBuffer(int64_t bytes) : data(::operator new(size_t(bytes), kAlignment)) {}
+    ~AlignedBuffer() { ::operator delete(data, kAlignment); }
+    AlignedBuffer(const AlignedBuffer&) = delete;
+    AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+
+    static constexpr std::align_val_t kAlignment{64};
+    void* const data;
+};
+
+// Calls body(begin, end) for parts of [0, count), on torch's own threads.
+template <class Body>
+void parallel(int64_t count, int64_t grain, const Body& body) {
+    if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
+}
+
+}  // namespace vitrail
