@@ -1,12 +1,12 @@
 """`packed_linear` and `packed_mlp`: linear layers with what surrounds them, for inference.
 
-A transformer block is mostly `x + W2 gelu(W1 norm(x))` and the like. Written with stock layers each norm, activation and
-sum is a pass over memory, and the weights are laid out anew for the processor at every call. Here they are laid out once
-(`pack_weight`), and rows of tokens go through norm, product, activation and residual while they are in cache; of an MLP
-the hidden layer never reaches memory.
+A transformer block is mostly `x + W2 gelu(W1 norm(x))` and the like. Written with stock layers each norm, activation
+and sum is a pass over memory, and the weights are laid out anew for the processor at every call. Here they are laid out
+once (`pack_weight`), and rows of tokens go through norm, product, activation and residual while they are in cache; of
+an MLP the hidden layer never reaches memory.
 """
 
-from typing import Optional
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,14 @@ mlp_reference = _packed_mlp.definition
 grn_mlp_reference = _packed_grn_mlp.definition
 
 
-def _check(x: Tensor, layers: list, columns: int, residual: Optional[Tensor], activation: str) -> None:
+def _check(
+    x: Tensor,
+    layers: List[Tuple[str, Tensor, Optional[Tensor], int, int]],
+    columns: int,
+    residual: Optional[Tensor],
+    activation: str,
+) -> None:
+    """Layers are given as suffix of their arguments' names, weight, bias, depth (0: that of x) and width."""
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise TypeError(f"x must be a tensor (..., channels), got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -141,6 +148,7 @@ def _check(x: Tensor, layers: list, columns: int, residual: Optional[Tensor], ac
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     wide = wide_dtype(x)
     for suffix, weight, bias, depth, width in layers:
+        depth = depth or x.shape[-1]
         pairs = (PANEL, 2) if x.dtype == torch.bfloat16 else (PANEL,)
         expected = (-(-width // PANEL), -(-depth // len(pairs)), *pairs)
         if tuple(weight.shape) != expected or weight.dtype != x.dtype:
@@ -195,7 +203,7 @@ def packed_linear(
         ValueError: shapes that do not fit, or an unknown activation.
     """
     if not torch.jit.is_scripting():
-        _check(x, [("", weight, bias, x.shape[-1], columns)], columns, residual, activation)
+        _check(x, [("", weight, bias, 0, columns)], columns, residual, activation)
     eps = -1.0 if norm_eps is None else norm_eps
     y = _packed_linear(_rows(x), weight, bias, _rows(residual), columns, eps, activation)
     return y.view(*x.shape[:-1], columns)
@@ -231,7 +239,7 @@ def packed_mlp(
         ValueError: shapes that do not fit, or an unknown activation.
     """
     if not torch.jit.is_scripting():
-        layers = [("1", weight1, bias1, x.shape[-1], hidden), ("2", weight2, bias2, hidden, columns)]
+        layers = [("1", weight1, bias1, 0, hidden), ("2", weight2, bias2, hidden, columns)]
         _check(x, layers, columns, residual, activation)
     eps = -1.0 if norm_eps is None else norm_eps
     y = _packed_mlp(
@@ -272,7 +280,7 @@ def packed_grn_mlp(
         ValueError: shapes that do not fit.
     """
     if not torch.jit.is_scripting():
-        layers = [("1", weight1, bias1, x.shape[-1], hidden), ("2", weight2, bias2, hidden, columns)]
+        layers = [("1", weight1, bias1, 0, hidden), ("2", weight2, bias2, hidden, columns)]
         _check(x, layers, columns, residual, "gelu")
         if tuple(grn_weight.shape) != (hidden,) or grn_weight.dtype != wide_dtype(x):
             raise ValueError(

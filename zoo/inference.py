@@ -1,12 +1,13 @@
 """The inference form of a model: the same function, with all that does not depend on the image worked out beforehand.
 
-`fuse_for_inference` folds what is linear (BatchNorm into convolutions, norms' scales and layer scales into the layers
-beside them, the identity of a residual into a depthwise convolution), and replaces the branches of a block by
-`packed_linear` and `packed_mlp`, which take rows of tokens through norm, product, activation and residual while they
-are in cache.
+`fuse_for_inference` folds what is linear (BatchNorm into convolutions, norms' and layers' scales into the layers beside
+them, the identity of a residual into a depthwise convolution), and takes the branches of a block as one: on the CPU
+`packed_linear` and its like carry rows of tokens through norm, product, activation and residual while they are in
+cache; elsewhere, and in exported files, standard operators compute the same.
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -19,76 +20,87 @@ from timm.models.vision_transformer import LayerScale as ViTLayerScale
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..ops.packed_linear import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
+from ..ops.packed_linear import DTYPES, pack_weight, packed_grn_mlp, packed_linear, packed_mlp
 from . import biformer, davit_fused, sparsifiner, stripmlp, stvit, stvit_swin
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-class _Weights:
-    """Weight and bias of a linear layer in float64, with what surrounds the layer folded into them."""
+class _Folded(nn.Module):
+    """Linear layers whose weights have taken in what surrounds them; packed, or as they are for other runtimes."""
 
-    def __init__(
+    def __init__(self, like: nn.Linear, norm: Optional[nn.LayerNorm], pack: bool):
+        super().__init__()
+        self.in_features = like.in_features
+        self.norm_eps = None if norm is None else norm.eps
+        self.pack = pack
+        self.dtype = like.weight.dtype
+
+    def fold(
         self,
+        name: str,
         linear: nn.Linear,
         norm: Optional[nn.LayerNorm] = None,
         scale: Optional[Tensor] = None,
         shift: Optional[Tensor] = None,
-    ):
-        self.weight = linear.weight.detach().double()
-        self.bias = linear.bias.detach().double() if linear.bias is not None else None
+        columns: slice = slice(None),
+    ) -> int:
+        """Buffers `weight<name>` and `shift<name>` for `scale * linear(norm without its scale and shift) + shift`.
+
+        Worked out in float64; returns the number of columns.
+        """
+        weight = linear.weight.detach().double()
+        bias = torch.zeros(len(weight), dtype=torch.float64) if linear.bias is None else linear.bias.double()
         if norm is not None and norm.bias is not None:
-            shift = self.weight @ norm.bias.detach().double()
-            self.bias = shift if self.bias is None else self.bias + shift
+            bias = bias + weight @ norm.bias.double()
         if norm is not None and norm.weight is not None:
-            self.weight = self.weight * norm.weight.detach().double()
+            weight = weight * norm.weight.double()
         if scale is not None:
-            self.weight = self.weight * scale[:, None]
-            self.bias = self.bias * scale if self.bias is not None else None
+            weight, bias = weight * scale[:, None], bias * scale
         if shift is not None:
-            self.bias = shift if self.bias is None else self.bias + shift
+            bias = bias + shift
+        weight, bias = weight[columns].to(self.dtype), bias[columns]
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.register_buffer(f"weight{name}", pack_weight(weight) if self.pack else weight)
+        self.register_buffer(f"shift{name}", bias.to(wide if self.pack else self.dtype))
+        return len(weight)
 
-    def packed(self, dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return pack_weight(self.weight.to(dtype)), None if self.bias is None else self.bias.to(wide)
+    def normalised(self, x: Tensor) -> Tensor:
+        """The norm, without scale and shift; for layers that are not packed."""
+        return x if self.norm_eps is None else F.layer_norm(x, [self.in_features], eps=self.norm_eps)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with a packed weight, after the norm that it takes in; `residual` is added to its result.
+class FoldedLinear(_Folded):
+    """`residual + activation(scale * linear(norm(x)) + shift)`, of whose columns some may be picked."""
 
-    `scale` and `shift` are applied to the result, before the activation. `rows` picks some of the columns.
-    """
-
-    packed: Tensor
-    shift: Optional[Tensor]
+    weight: Tensor
+    shift: Tensor
 
     def __init__(
         self,
         linear: nn.Linear,
+        pack: bool,
         norm: Optional[nn.LayerNorm] = None,
         scale: Optional[Tensor] = None,
         shift: Optional[Tensor] = None,
         activation: str = "none",
         columns: slice = slice(None),
     ):
-        super().__init__()
-        weights = _Weights(linear, norm, scale, shift)
-        weights.weight = weights.weight[columns]
-        weights.bias = None if weights.bias is None else weights.bias[columns]
-        self.in_features = linear.in_features
-        self.out_features = len(weights.weight)
+        super().__init__(linear, norm, pack)
+        self.out_features = self.fold("", linear, norm, scale, shift, columns)
         # what the layer makes of zeros, which attention asks for where it pads
         self.bias = linear.bias
-        self.norm_eps = None if norm is None else norm.eps
         self.activation = activation
-        packed, shift = weights.packed(linear.weight.dtype)
-        self.register_buffer("packed", packed)
-        self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        return packed_linear(
-            x, self.packed, self.shift, self.out_features, residual, self.norm_eps, self.activation
-        )
+        if self.pack:
+            return packed_linear(
+                x, self.weight, self.shift, self.out_features, residual, self.norm_eps, self.activation
+            )
+        x = F.linear(self.normalised(x), self.weight, self.shift)
+        if self.activation == "gelu":
+            x = F.gelu(x)
+        return x if residual is None else residual + x
 
     def extra_repr(self) -> str:
         return (
@@ -96,44 +108,73 @@ class PackedLinear(nn.Module):
         )
 
 
-class MlpBranch(nn.Module):
+class MlpBranch(_Folded):
     """`x + scale * fc2(gelu(fc1(norm(x))))`."""
 
-    packed1: Tensor
-    packed2: Tensor
-    shift1: Optional[Tensor]
-    shift2: Optional[Tensor]
+    weight1: Tensor
+    weight2: Tensor
+    shift1: Tensor
+    shift2: Tensor
 
-    def __init__(self, norm: nn.LayerNorm, mlp: Mlp, scale: Optional[Tensor] = None):
-        super().__init__()
-        self.in_features = mlp.fc1.in_features
-        self.hidden_features = mlp.fc1.out_features
-        self.out_features = mlp.fc2.out_features
-        self.norm_eps = norm.eps
-        dtype = mlp.fc1.weight.dtype
-        for name, weights in (("1", _Weights(mlp.fc1, norm)), ("2", _Weights(mlp.fc2, scale=scale))):
-            packed, shift = weights.packed(dtype)
-            self.register_buffer(f"packed{name}", packed)
-            self.register_buffer(f"shift{name}", shift)
+    def __init__(self, norm: nn.LayerNorm, mlp: Mlp, pack: bool, scale: Optional[Tensor] = None):
+        super().__init__(mlp.fc1, norm, pack)
+        self.hidden_features = self.fold("1", mlp.fc1, norm)
+        self.out_features = self.fold("2", mlp.fc2, scale=scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_mlp(
-            x, self.packed1, self.shift1, self.packed2, self.shift2, self.hidden_features, self.out_features,
-            x, self.norm_eps,
-        )  # fmt: skip
+        if self.pack:
+            return packed_mlp(
+                x, self.weight1, self.shift1, self.weight2, self.shift2, self.hidden_features, self.out_features,
+                x, self.norm_eps,
+            )  # fmt: skip
+        hidden = F.gelu(F.linear(self.normalised(x), self.weight1, self.shift1))
+        return x + F.linear(hidden, self.weight2, self.shift2)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.hidden_features}, {self.out_features}, norm_eps={self.norm_eps}"
 
 
+class ResponseMlp(_Folded):
+    """`residual + fc2(grn(gelu(fc1(norm(x)))))`, with global response normalisation."""
+
+    weight1: Tensor
+    weight2: Tensor
+    shift1: Tensor
+    shift2: Tensor
+    grn_weight: Tensor
+
+    def __init__(self, norm: nn.LayerNorm, mlp: Any, pack: bool):
+        super().__init__(mlp.fc1, norm, pack)
+        grn = mlp.grn
+        self.hidden_features = self.fold("1", mlp.fc1, norm)
+        shift = mlp.fc2.weight.double() @ grn.bias.double().flatten()
+        self.out_features = self.fold("2", mlp.fc2, shift=shift)
+        self.grn_eps = grn.eps
+        self.register_buffer("grn_weight", grn.weight.detach().flatten().to(self.shift1.dtype))
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self.pack:
+            return packed_grn_mlp(
+                x, self.weight1, self.shift1, self.grn_weight, self.weight2, self.shift2, self.hidden_features,
+                self.out_features, residual, self.norm_eps, self.grn_eps,
+            )  # fmt: skip
+        hidden = F.gelu(F.linear(self.normalised(x), self.weight1, self.shift1))
+        norm = hidden.norm(p=2, dim=(1, 2), keepdim=True)
+        hidden = hidden * (1 + self.grn_weight * (norm / (norm.mean(-1, keepdim=True) + self.grn_eps)))
+        return residual + F.linear(hidden, self.weight2, self.shift2)
+
+
+# --- branches of blocks -----------------------------------------------------------------------------------------------
+
+
 class AttentionBranch(nn.Module):
     """`x + scale * proj(attn(norm(x)))`, for an attention whose last layer is `proj`."""
 
-    def __init__(self, norm: nn.Module, attn: nn.Module, scale: Optional[Tensor] = None):
+    def __init__(self, norm: nn.Module, attn: nn.Module, pack: bool, scale: Optional[Tensor] = None):
         super().__init__()
         self.norm = norm
         self.attn: Any = attn
-        self.proj = PackedLinear(self.attn.proj, scale=scale)
+        self.proj = FoldedLinear(self.attn.proj, pack, scale=scale)
         self.attn.proj = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,8 +191,8 @@ class CrossBranch(AttentionBranch):
 class CenterBranch(AttentionBranch):
     """Attention of `stvit.CenterLayer`: pooled centres gather from the image."""
 
-    def __init__(self, layer: Any, scale: Optional[Tensor] = None):
-        super().__init__(nn.Identity(), layer.attn, scale)
+    def __init__(self, layer: Any, pack: bool):
+        super().__init__(nn.Identity(), layer.attn, pack, _scale(layer.ls1))
         self.pool = layer.pool
         self.shortcut = layer.shortcut
 
@@ -175,36 +216,28 @@ class FusedCrossLayer(nn.Module):
 class FusedStripBlock(nn.Module):
     """`stripmlp.StripMLPBlock`."""
 
-    grn_weight: Tensor
+    scale: Tensor
+    shift: Tensor
 
-    def __init__(self, block: Any):
+    def __init__(self, block: Any, pack: bool):
         super().__init__()
         tokens, channels = block.token_mixing, block.channel_mixing
-        self.scale, self.shift = (nn.Buffer(x.to(tokens.proj.weight.dtype)) for x in _affine(tokens.norm1))
+        for name, x in zip(("scale", "shift"), _affine(tokens.norm1), strict=True):
+            self.register_buffer(name, x.to(tokens.proj.weight.dtype))
         self.dwconv = _channels_last(tokens.dwconv)
-        half = tokens.proj.out_features // 2
-        affine = _affine(tokens.norm2)
-        self.far = PackedLinear(tokens.proj, None, *affine, "gelu", slice(half))
-        self.near = PackedLinear(tokens.proj, None, *affine, "gelu", slice(half, None))
+        # the halves apart, so that each is a map of its own
+        half, affine = tokens.proj.out_features // 2, _affine(tokens.norm2)
+        self.far = FoldedLinear(tokens.proj, pack, None, *affine, "gelu", slice(half))
+        self.near = FoldedLinear(tokens.proj, pack, None, *affine, "gelu", slice(half, None))
         strips = tokens.strips
         self.row_pos, self.row_mix = strips.row_pos, strips.row_mix
-        self.row_fuse = PackedLinear(strips.row_fuse, None, *_affine(strips.norm), "gelu")
+        self.row_fuse = FoldedLinear(strips.row_fuse, pack, None, *_affine(strips.norm), "gelu")
         self.col_pos, self.col_mix = strips.col_pos, strips.col_mix
-        self.col_fuse = PackedLinear(strips.col_fuse)
+        self.col_fuse = FoldedLinear(strips.col_fuse, pack)
         self.local = tokens.local
-        self.fuse = PackedLinear(tokens.fuse)
-
-        self.dwconv2 = _channels_last(channels.dwconv)
-        mlp = channels.mlp
-        dtype = mlp.fc1.weight.dtype
-        self.hidden, self.columns = mlp.fc1.out_features, mlp.fc2.out_features
-        self.norm_eps, self.grn_eps = channels.norm.eps, mlp.grn.eps
-        packed, shift = _Weights(mlp.fc1, channels.norm).packed(dtype)
-        self.packed1, self.shift1 = nn.Buffer(packed), nn.Buffer(shift)
-        of_bias = mlp.fc2.weight.detach().double() @ mlp.grn.bias.detach().double().flatten()
-        packed, shift = _Weights(mlp.fc2, shift=of_bias).packed(dtype)
-        self.packed2, self.shift2 = nn.Buffer(packed), nn.Buffer(shift)
-        self.grn_weight = nn.Buffer(mlp.grn.weight.detach().flatten().to(shift.dtype))
+        self.fuse = FoldedLinear(tokens.fuse, pack)
+        self.channel_dwconv = _channels_last(channels.dwconv)
+        self.channel_mlp = ResponseMlp(channels.norm, channels.mlp, pack)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.dwconv(F.gelu(torch.addcmul(self.shift, x, self.scale)))
@@ -212,10 +245,21 @@ class FusedStripBlock(nn.Module):
         rows = self.row_fuse(torch.cat([self.row_mix(self.row_pos(far)), far], -1))
         far = self.col_fuse(torch.cat([far, self.col_mix(self.col_pos(rows))], -1))
         x = self.fuse(torch.cat([far, self.local(near)], -1), x)
-        return packed_grn_mlp(
-            self.dwconv2(x), self.packed1, self.shift1, self.grn_weight, self.packed2, self.shift2, self.hidden,
-            self.columns, x, self.norm_eps, self.grn_eps,
-        )  # fmt: skip
+        return self.channel_mlp(self.channel_dwconv(x), x)
+
+
+class FusedSparseBlock(sparsifiner.SparseBlock):
+    """`sparsifiner.SparseBlock` whose MLP holds its norm and residual."""
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class FusedPruningBlock(sparsifiner.PruningBlock):
+    """The same of `sparsifiner.PruningBlock`."""
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
 
 
 # --- rules: what each kind of module becomes --------------------------------------------------------------------------
@@ -241,7 +285,8 @@ def _scale(module: nn.Module, factor: float = 1.0) -> Optional[Tensor]:
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale and shift of a BatchNorm that learns no more."""
     mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None and variance is not None
+    assert mean is not None
+    assert variance is not None
     scale = norm.weight.detach().double() / (variance.double() + norm.eps).sqrt()
     return scale, norm.bias.detach().double() - mean.double() * scale
 
@@ -260,121 +305,157 @@ def _with_identity(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
-def _attention(block: Any, scale: Optional[Tensor]) -> nn.Module:
-    """The first branch of a block; the norm goes into the projection where nothing else reads it."""
+def _attention(block: Any, pack: bool, scale: Optional[Tensor] = None) -> nn.Module:
+    """The first branch of a block; the norm goes into the projections where nothing else reads it."""
     attn, norm = block.attn, block.norm1
-    if isinstance(attn, (ViTAttention, *_ONE_READER)) or (
+    if isinstance(attn, stvit.TokenAttention):
+        _fold_norm(attn, norm, pack)
+        return AttentionBranch(nn.Identity(), attn, pack, scale)
+    alone = isinstance(attn, _ONE_READER) or (
         isinstance(attn, biformer.FullAttention) and not attn.lepe_of_input
-    ):
-        attn.qkv = PackedLinear(attn.qkv, norm)
-        norm = nn.Identity()
-    elif hasattr(attn, "qkv"):
-        attn.qkv = PackedLinear(attn.qkv)
-    elif isinstance(attn, stvit.TokenAttention):
-        attn.q, attn.kv = PackedLinear(attn.q, norm), PackedLinear(attn.kv, norm)
-        norm = nn.Identity()
-    return AttentionBranch(norm, attn, scale)
+    )
+    attn.qkv = FoldedLinear(attn.qkv, pack, norm if alone else None)
+    return AttentionBranch(nn.Identity() if alone else norm, attn, pack, scale)
 
 
-_ONE_READER = (davit_fused.WindowAttention, davit_fused.ChannelAttention, stvit_swin.WindowAttention)
+_ONE_READER = (
+    davit_fused.WindowAttention,
+    davit_fused.ChannelAttention,
+    stvit_swin.WindowAttention,
+    ViTAttention,
+)
 
 
-def _biformer_block(block: Any) -> Optional[nn.Module]:
+def _fold_norm(attn: Any, norm: nn.LayerNorm, pack: bool) -> None:
+    attn.q, attn.kv = FoldedLinear(attn.q, pack, norm), FoldedLinear(attn.kv, pack, norm)
+
+
+def _biformer_block(block: Any, pack: bool) -> Optional[nn.Module]:
     attn = block.attn
-    if (
-        not block.pre_norm
-        or not _is_plain(block.mlp)
-        or not isinstance(getattr(attn, "proj", None), nn.Linear)
-    ):
+    projected = hasattr(attn, "qkv") and isinstance(attn.proj, nn.Linear)
+    if not (block.pre_norm and projected and _is_plain(block.mlp)):
         return None
     position = [] if block.pos_embed is None else [_with_identity(block.pos_embed)]
     return nn.Sequential(
-        *position, _attention(block, _scale(block.ls1)), MlpBranch(block.norm2, block.mlp, _scale(block.ls2))
+        *position,
+        _attention(block, pack, _scale(block.ls1)),
+        MlpBranch(block.norm2, block.mlp, pack, _scale(block.ls2)),
     )
 
 
-def _davit_block(block: Any) -> Optional[nn.Module]:
+def _davit_block(block: Any, pack: bool) -> Optional[nn.Module]:
     norms = [block.norm1] + ([] if block.mlp is None else [block.norm2])
     if not all(isinstance(norm, nn.LayerNorm) for norm in norms):
         return None
-    layers = [_position(block.cpe1), _attention(block, None), _position(block.cpe2)]
-    return nn.Sequential(*layers, *([] if block.mlp is None else [MlpBranch(block.norm2, block.mlp)]))
+    layers = [_position(block.cpe1), _attention(block, pack), _position(block.cpe2)]
+    return nn.Sequential(*layers, *([] if block.mlp is None else [MlpBranch(block.norm2, block.mlp, pack)]))
 
 
 def _position(cpe: davit_fused.ConvPosEnc) -> nn.Module:
-    if not isinstance(cpe.act, nn.Identity):
-        return cpe
-    return _with_identity(_channels_last(cpe.proj))
+    return _with_identity(_channels_last(cpe.proj)) if isinstance(cpe.act, nn.Identity) else cpe
 
 
-def _transformer_block(block: Any) -> Optional[nn.Module]:
-    """timm's ViT block, and Swin's and that of semantic tokens."""
+def _transformer_block(block: Any, pack: bool) -> Optional[nn.Module]:
+    """timm's ViT block, Swin's, and that of semantic tokens."""
     if not _is_plain(block.mlp):
         return None
-    attention = _attention(block, _scale(block.ls1))
-    return nn.Sequential(attention, MlpBranch(block.norm2, block.mlp, _scale(block.ls2)))
-
-
-def _cross_layer(layer: Any) -> Optional[nn.Module]:
-    layer.attn.q, layer.attn.kv = (
-        PackedLinear(layer.attn.q, layer.norm1),
-        PackedLinear(layer.attn.kv, layer.norm1),
+    return nn.Sequential(
+        _attention(block, pack, _scale(block.ls1)),
+        MlpBranch(block.norm2, block.mlp, pack, _scale(block.ls2)),
     )
-    branch = CrossBranch(nn.Identity(), layer.attn, _scale(layer.ls1))
-    return FusedCrossLayer(branch, MlpBranch(layer.norm2, layer.mlp, _scale(layer.ls2)))
 
 
-def _center_layer(layer: Any) -> nn.Module:
-    layer.attn.q, layer.attn.kv = (
-        PackedLinear(layer.attn.q, layer.norm1),
-        PackedLinear(layer.attn.kv, layer.norm1),
+def _cross_layer(layer: Any, pack: bool) -> nn.Module:
+    _fold_norm(layer.attn, layer.norm1, pack)
+    branch = CrossBranch(nn.Identity(), layer.attn, pack, _scale(layer.ls1))
+    return FusedCrossLayer(branch, MlpBranch(layer.norm2, layer.mlp, pack, _scale(layer.ls2)))
+
+
+def _center_layer(layer: Any, pack: bool) -> nn.Module:
+    _fold_norm(layer.attn, layer.norm1, pack)
+    return nn.Sequential(
+        CenterBranch(layer, pack), MlpBranch(layer.norm2, layer.mlp, pack, _scale(layer.ls2))
     )
-    branch = CenterBranch(layer, _scale(layer.ls1))
-    return nn.Sequential(branch, MlpBranch(layer.norm2, layer.mlp, _scale(layer.ls2)))
 
 
-RULES: dict[type[nn.Module], Callable[[Any], Optional[nn.Module]]] = {
+def _sparse_block(block: Any, pack: bool) -> nn.Module:
+    attn, width = block.attn, block.mlp.fc2.out_features
+    scale = torch.full((width,), block.residual_scale, dtype=torch.float64)
+    attn.qkv, attn.proj = FoldedLinear(attn.qkv, pack, block.norm1), FoldedLinear(attn.proj, pack)
+    block.mlp = MlpBranch(block.norm2, block.mlp, pack, scale)
+    block.norm1, block.norm2 = nn.Identity(), nn.Identity()
+    block.__class__ = FusedPruningBlock if block.prunes else FusedSparseBlock
+    return block
+
+
+RULES: dict[type[nn.Module], Callable[[Any, bool], Optional[nn.Module]]] = {
     biformer.BiFormerBlock: _biformer_block,
     davit_fused.DaViTBlock: _davit_block,
+    stripmlp.StripMLPBlock: FusedStripBlock,
     stvit.SelfLayer: _transformer_block,
-    ViTBlock: _transformer_block,
     stvit.CrossLayer: _cross_layer,
     stvit.CenterLayer: _center_layer,
-    stripmlp.StripMLPBlock: FusedStripBlock,
+    sparsifiner.SparseBlock: _sparse_block,
+    sparsifiner.PruningBlock: _sparse_block,
+    ViTBlock: _transformer_block,
 }
-
-
 # These take the weights of their layers themselves.
 _WEIGHT_READERS = (sparsifiner.ConnectivityPredictor, biformer.RegionRouter, nn.MultiheadAttention)
 
 
-def _sequential(layers: nn.Sequential) -> None:
+def _fold_batch_norm(layers: nn.Sequential) -> None:
     """BatchNorm goes into the convolution before it."""
-    names = list(layers._modules)
-    for first, second in zip(names, names[1:], strict=False):
+    for first, second in itertools.pairwise(list(layers._modules)):
         conv, norm = layers._modules[first], layers._modules[second]
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             layers._modules[first] = fuse_conv_bn_eval(conv, norm)
             layers._modules[second] = nn.Identity()
 
 
-def _fuse(module: nn.Module) -> nn.Module:
-    for kind, rule in RULES.items():
-        if type(module) is kind:
-            return rule(module) or module
+def _fuse(module: nn.Module, pack: bool) -> nn.Module:
+    rule = RULES.get(type(module))
+    fused = rule(module, pack) if rule is not None else None
+    if fused is not None:
+        return fused
+    if type(module) is nn.Linear and pack:
+        return FoldedLinear(module, pack)
     if isinstance(module, nn.Sequential):
-        _sequential(module)
-    if type(module) is nn.Linear:
-        return PackedLinear(module)
+        _fold_batch_norm(module)
     if not isinstance(module, _WEIGHT_READERS):
         for name, child in module.named_children():
-            setattr(module, name, _fuse(child))
+            setattr(module, name, _fuse(child, pack))
     return module
 
 
-def fuse_for_inference(model: nn.Module, dtype: Optional[torch.dtype] = None) -> nn.Module:
-    """A copy of a model for inference."""
+def fuse_for_inference(
+    model: nn.Module, dtype: Optional[torch.dtype] = None, pack: Optional[bool] = None
+) -> nn.Module:
+    """A copy of a model in inference form: the same function to rounding, faster, without gradients.
+
+    Args:
+        model: a model of this package, or anything made of one (a `features_only` backbone, a detector). Modules that
+            no rule knows stay as they are, but for linear layers and for BatchNorm after convolutions.
+        dtype: of the copy; default: as it is. Weights are folded in float64 before they are rounded.
+        pack: lay weights out for the CPU kernels; default: where the model is on the CPU in float32, float64 or
+            bfloat16. Without it the form consists of standard operators alone, for export and other devices.
+
+    Returns:
+        The copy, in evaluation mode. It holds folded weights only, so that it cannot be trained, and its state_dict is
+        its own: load checkpoints before.
+
+    Raises:
+        ValueError: `pack=True` for a model that is elsewhere, or of another dtype.
+    """
+    weights = next(model.parameters(), None)
+    device = torch.device("cpu") if weights is None else weights.device
+    wanted = dtype or (torch.float32 if weights is None else weights.dtype)
+    packable = device.type == "cpu" and wanted in DTYPES
+    if pack and not packable:
+        raise ValueError(
+            f"pack=True needs a model on the CPU in float32, float64 or bfloat16, got {wanted} on {device}"
+        )
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if dtype is not None:
         model = model.to(dtype)
-    return _fuse(model)
+    with torch.no_grad():
+        return _fuse(model, packable if pack is None else pack).eval()

@@ -11,8 +11,9 @@ namespace vitrail::VITRAIL_ISA {
 template <int N>
 VITRAIL_INLINE Vec<float, N> gelu(Vec<float, N> x) {
     constexpr float limit = 5.5f;
-    const Vec<float, N> high = broadcast<float, N>(limit), low = broadcast<float, N>(-limit);
-    const Vec<float, N> bounded = maximum(low, x < high ? x : high);
+    const Vec<float, N> high = broadcast<float, N>(limit);
+    x = maximum(broadcast<float, N>(-limit), x);  // further left GELU is zero
+    const Vec<float, N> bounded = x < high ? x : high;
     const Vec<float, N> u = bounded * bounded * (2.0f / (limit * limit)) - 1.0f;
     Vec<float, N> p = u * -9.11749580e-4f + 2.59226527e-3f;
     p = p * u - 2.51820579e-3f;
