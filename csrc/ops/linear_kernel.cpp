@@ -103,7 +103,7 @@ struct Kernel {
             const V shift = bias ? (left >= W ? load(bias + c) : some(bias + c, left)) : V{};
             for (int64_t r = 0; r < rows; ++r) {
                 V y = load(sums + r * sums_row + c) + shift;
-                if (a.activation == Activation::kGelu) y = gelu<W>(y);
+                if (a.activation == Activation::kGelu) y = gelu<S, W>(y);
                 if (a.residual) {
                     const S* from =
                         static_cast<const S*>(a.residual) + (row + r) * a.residual_row + first + c;
