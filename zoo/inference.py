@@ -326,6 +326,9 @@ _ONE_READER = (
 )
 
 
+_TRANSFORMERS = (stvit_swin.WindowAttention, stvit.TokenAttention, ViTAttention)
+
+
 def _fold_norm(attn: Any, norm: nn.LayerNorm, pack: bool) -> None:
     attn.q, attn.kv = FoldedLinear(attn.q, pack, norm), FoldedLinear(attn.kv, pack, norm)
 
@@ -357,7 +360,8 @@ def _position(cpe: davit_fused.ConvPosEnc) -> nn.Module:
 
 def _transformer_block(block: Any, pack: bool) -> Optional[nn.Module]:
     """timm's ViT block, Swin's, and that of semantic tokens."""
-    if not _is_plain(block.mlp):
+    norms = isinstance(block.norm1, nn.LayerNorm) and isinstance(block.norm2, nn.LayerNorm)
+    if not (norms and _is_plain(block.mlp) and isinstance(block.attn, _TRANSFORMERS)):
         return None
     return nn.Sequential(
         _attention(block, pack, _scale(block.ls1)),
@@ -459,3 +463,8 @@ def fuse_for_inference(
         model = model.to(dtype)
     with torch.no_grad():
         return _fuse(model, packable if pack is None else pack).eval()
+
+
+def standard_form(model: nn.Module) -> nn.Module:
+    """The inference form of standard operators alone, for export."""
+    return fuse_for_inference(model, pack=False)
