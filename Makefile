@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all lint format bench docs clean
+.PHONY: help env demo test test-all lint format bench fuzz docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ format: $(READY) ## ruff's fixes and formatting, clang-format
 
 bench: $(READY) ## time and memory of the operators against stock PyTorch
 	$(BIN)/python benchmarks/operators.py
+
+fuzz: $(READY) ## a million calls of the compiled operators with random and spoiled arguments (ten minutes)
+	$(BIN)/python scripts/fuzz_operators.py --calls 1000000
 
 docs: $(READY) ## write docs/MODELS.md and docs/WEIGHTS.md from the registry
 	$(BIN)/python scripts/model_docs.py
