@@ -1,22 +1,18 @@
 // Addressing policy of bi-level routing attention: a query looks at the regions that its own region chose.
-//
-// An addressing policy answers four questions, and nothing else in the library knows the answers: how many
-// blocks of queries and of keys there are, which positions a block of queries covers, which positions a block
-// of keys covers (or that one is a zero vector), and which blocks of keys a block of queries visits.
+// Keys past the grid are zeros.
 #pragma once
 
-#include "../core/attention.h"
+#include "../core/block_attention.h"
 #include "../ops/routed_attention.h"
+#include "rectangle.h"
 
 namespace vitrail::VITRAIL_ISA {
-
-struct Position {
-    int64_t row, column;  // row < 0: past the grid, a zero vector
-};
 
 template <class T>
 class RoutedRegions {
   public:
+    using Arguments = RoutedAttention;
+
     VITRAIL_INLINE explicit RoutedRegions(const RoutedAttention& a)
         : q_(a.q_regions),
           k_(a.k_regions),
@@ -27,26 +23,30 @@ class RoutedRegions {
 
     VITRAIL_INLINE int64_t query_blocks() const { return q_.count * parts_; }
     VITRAIL_INLINE int64_t key_blocks() const { return k_.count; }
-    VITRAIL_INLINE int64_t keys_per_block() const { return k_.size; }
+    VITRAIL_INLINE int64_t largest_key_block() const { return k_.size; }
     VITRAIL_INLINE int64_t visits() const { return query_blocks() * topk_; }  // of one image
+    VITRAIL_INLINE int64_t most_visits() const { return topk_; }              // of one block of queries
     VITRAIL_INLINE bool weighted() const { return weights_ != nullptr; }
+    VITRAIL_INLINE bool biased() const { return false; }
 
-    // Writes the positions of a block's queries that lie on the grid; returns how many.
-    VITRAIL_INLINE int queries(int64_t block, Position* to) const {
-        const int64_t region = block / parts_, first = block % parts_ * kQueryBlock;
-        Position all[kQueryBlock];
-        const int64_t left = q_.size - first;
-        const int count = left < kQueryBlock ? int(left) : kQueryBlock;
-        positions(q_, region, first, count, all);
+    // Writes the queries of a block that lie on the grid; returns how many.
+    VITRAIL_INLINE int queries(int64_t block, Query* to) const {
+        const int64_t part = block % parts_;
+        const int64_t first = part_begin(q_.size, parts_, part);
         int n = 0;
-        for (int i = 0; i < count; ++i)
-            if (all[i].row >= 0) to[n++] = all[i];
+        rectangle(q_, block / parts_)
+            .each(first, part_begin(q_.size, parts_, part + 1) - first, [&](int64_t, int64_t y, int64_t x) {
+                if (y < q_.grid_height && x < q_.grid_width) to[n++] = {y, x, 0};
+            });
         return n;
     }
 
-    // Writes the positions of keys [first, first + count) of a block.
-    VITRAIL_INLINE void keys(int64_t block, int64_t first, int count, Position* to) const {
-        positions(k_, block, first, count, to);
+    VITRAIL_INLINE int64_t keys_in(int64_t) const { return k_.size; }
+
+    VITRAIL_INLINE void keys(int64_t block, int64_t first, int count, Key* to) const {
+        rectangle(k_, block).each(first, count, [&](int64_t i, int64_t y, int64_t x) {
+            to[i] = {y, x, y < k_.grid_height && x < k_.grid_width ? 0 : 1};
+        });
     }
 
     // Calls visit(block of keys, weight) for each block that the queries of a block look at.
@@ -57,20 +57,12 @@ class RoutedRegions {
             visit(int64_t(routes_[j]), weights_ ? weights_[j] : T(1));
     }
 
+    VITRAIL_INLINE void bias(int64_t, int64_t, int64_t, T*) const {}
+
   private:
-    VITRAIL_INLINE static void positions(const Regions& regions, int64_t region, int64_t first, int count,
-                                         Position* to) {
-        const int64_t top = region / regions.across * regions.height;
-        const int64_t left = region % regions.across * regions.width;
-        int64_t y = first / regions.width, x = first % regions.width;
-        for (int i = 0; i < count; ++i) {
-            const bool inside = top + y < regions.grid_height && left + x < regions.grid_width;
-            to[i] = {inside ? top + y : -1, left + x};
-            if (++x == regions.width) {
-                x = 0;
-                ++y;
-            }
-        }
+    VITRAIL_INLINE static Rectangle rectangle(const Regions& regions, int64_t region) {
+        return {region / regions.across * regions.height, region % regions.across * regions.width,
+                regions.height, regions.width};
     }
 
     const Regions q_, k_;

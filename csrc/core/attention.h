@@ -3,22 +3,19 @@
 // It knows nothing of grids, regions or windows. Keys arrive in packed blocks (pack_group), and a QueryBlock
 // visits as many of them, in any order, as its addressing policy names.
 //
-// Packed layout of a block: its keys in groups of g <= lanes, each group a panel [head_dim][g], so that one
-// vector holds G = lanes / g channels of g keys; after the panels the values, as rows
-// [key][value_dim padded to a vector]. Blocks of few keys thus waste no lanes, and need not be merged first.
+// Packed layout of a block: its keys in groups of g <= lanes, each group a panel [units of head_dim][g], so
+// that one vector holds G = lanes / g units of g keys; after the panels the values, as rows [key][value_dim
+// padded to a vector], two keys to a row where they are multiplied in pairs. Blocks of few keys thus waste no
+// lanes, and need not be merged first.
 #pragma once
 
-#include "scalar.h"
+#include "panels.h"
 
 namespace vitrail::VITRAIL_ISA {
 
 constexpr int kRows = 4;         // query rows per micro-kernel
 constexpr int kQueryBlock = 64;  // query rows that share one pass over their keys
 constexpr int kKeyBlock = 128;   // keys scored before they are weighed: in packed form they fit L1 or L2
-
-VITRAIL_INLINE constexpr int64_t round_up(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
 
 // Keys per panel: a power of two from four lanes to a whole vector, which `keys` keys fill best.
 template <class T>
@@ -28,125 +25,127 @@ VITRAIL_INLINE int group_size(int64_t keys) {
     return g;
 }
 
-// The packed form of one head of one block of keys; sizes in elements of T.
-template <class T, int G>
+// The packed form of one head of one block of up to `keys` keys; sizes in numbers.
+template <class E, int G>
 struct BlockLayout {
+    using T = typename Product<E>::T;
+    static constexpr int kDepth = Product<E>::kDepth;
     static constexpr int kGroup = kLanes<T> / G;
 
-    int64_t head_dim, value_dim, keys, panel, value_row;
+    int64_t head_dim, value_dim, keys, units, panel, value_row;
 
     VITRAIL_INLINE BlockLayout(int64_t head_dim, int64_t value_dim, int64_t keys)
         : head_dim(head_dim),
           value_dim(value_dim),
           keys(keys),
-          panel(round_up(head_dim * kGroup, kLanes<T>)),
+          units(round_up((head_dim + kDepth - 1) / kDepth, G)),
+          panel(units * kGroup * kDepth),
           value_row(round_up(value_dim, kLanes<T>)) {}
 
-    VITRAIL_INLINE int64_t values() const { return (keys + kGroup - 1) / kGroup * panel; }
-    VITRAIL_INLINE int64_t size() const { return values() + keys * value_row; }
+    VITRAIL_INLINE int64_t groups() const { return (keys + kGroup - 1) / kGroup; }
+    VITRAIL_INLINE int64_t values() const { return groups() * panel; }
+    VITRAIL_INLINE int64_t size() const { return values() + round_up(keys, kDepth) * value_row; }
 };
 
-// Packs keys [first, first + count) of a block, count <= kGroup; a null pointer stands for a zero vector.
-template <class S, class T, int G>
-VITRAIL_INLINE void pack_group(const BlockLayout<T, G>& layout, const S* const* k, const S* const* v,
-                               int64_t first, int count, T* block) {
-    constexpr int g = BlockLayout<T, G>::kGroup;
-    constexpr std::make_integer_sequence<int, 4> quad;
-    const int64_t channels = layout.panel / g;
-    T* panel = block + first / g * layout.panel;
+// Packs keys [first, first + count) of a block, count <= kGroup, channels from `k_channel` and `v_channel`
+// on.
+template <class S, class E, int G>
+VITRAIL_INLINE void pack_group(const BlockLayout<E, G>& layout, const S* const* k, int64_t k_channel,
+                               const S* const* v, int64_t v_channel, int64_t first, int count, E* block) {
+    using T = Compute<S>;
+    constexpr int g = BlockLayout<E, G>::kGroup, depth = BlockLayout<E, G>::kDepth;
+    E* const panel = block + first / g * layout.panel;
     for (int key = 0; key < g; key += 4) {
-        for (int64_t c = 0; c < channels; c += 4) {
-            Vec<T, 4> row[4] = {};
-            for (int i = 0; i < 4; ++i)
-                if (key + i < count && k[key + i] && c < layout.head_dim)
-                    row[i] = widen_some(k[key + i] + c, layout.head_dim - c);
-            const Vec<T, 4> even[2] = {every_other<T, 4, 1, 0>(row[0], row[1], quad),
-                                       every_other<T, 4, 1, 0>(row[2], row[3], quad)};
-            const Vec<T, 4> odd[2] = {every_other<T, 4, 1, 1>(row[0], row[1], quad),
-                                      every_other<T, 4, 1, 1>(row[2], row[3], quad)};
-            const Vec<T, 4> channel[4] = {every_other<T, 4, 1, 0>(even[0], even[1], quad),
-                                          every_other<T, 4, 1, 0>(odd[0], odd[1], quad),
-                                          every_other<T, 4, 1, 1>(even[0], even[1], quad),
-                                          every_other<T, 4, 1, 1>(odd[0], odd[1], quad)};
-            for (int i = 0; i < 4 && c + i < channels; ++i) store(panel + (c + i) * g + key, channel[i]);
-        }
+        const S* rows[4];
+        for (int i = 0; i < 4; ++i)
+            rows[i] = key + i < count && k[key + i] ? k[key + i] + k_channel : nullptr;
+        pack_four_columns<E>(rows, layout.head_dim, layout.units, reinterpret_cast<T*>(panel) + key, g);
     }
-    for (int key = 0; key < count; ++key) {
-        T* row = block + layout.values() + (first + key) * layout.value_row;
-        for (int64_t c = 0; c < layout.value_row; c += 4) {
-            Vec<T, 4> values = {};
-            if (v[key] && c < layout.value_dim) values = widen_some(v[key] + c, layout.value_dim - c);
-            store(row + c, values);
+    E* row = block + layout.values() + first * layout.value_row;
+    for (int key = 0; key < count; key += depth, row += depth * layout.value_row) {
+        if constexpr (depth == 1) {
+            pack_row(v[key] ? v[key] + v_channel : nullptr, layout.value_dim, T(1), row, layout.value_row);
+        } else {
+            const bool two = key + 1 < count;
+            const S* const pair[2] = {v[key] ? v[key] + v_channel : nullptr,
+                                      two && v[key + 1] ? v[key + 1] + v_channel : nullptr};
+            pack_pair(pair, layout.value_dim, row, layout.value_row);
         }
     }
 }
 
 // Up to kQueryBlock query rows of one head, on their way through the blocks of keys that they may look at.
-// Scores are kept in units of log2: the queries are scaled by log2(e) when they are loaded.
-template <class T, int G>
+// Scores are kept in units of log2.
+template <class E, int G>
 class QueryBlock {
+    using P = Product<E>;
+    using T = typename P::T;
     static constexpr int W = kLanes<T>;
     static constexpr int g = W / G;
     static constexpr int kGroups = kKeyBlock / g;
     static constexpr int kScores = kKeyBlock + kTileVectors * g;
+    static constexpr bool kPaired = P::kDepth > 1;
     using V = Vec<T, W>;
 
   public:
-    // Elements of T that the constructor's scratch must have.
-    VITRAIL_INLINE static int64_t scratch_size(const BlockLayout<T, G>& layout) {
-        return kQueryBlock * (query_row(layout) + layout.value_row);
+    // Numbers of E, and of T, that the constructor's scratch must have.
+    VITRAIL_INLINE static int64_t queries_size(const BlockLayout<E, G>& layout) {
+        return kQueryBlock * query_row(layout);
+    }
+    VITRAIL_INLINE static int64_t output_size(const BlockLayout<E, G>& layout) {
+        return kQueryBlock * layout.value_row;
     }
 
-    VITRAIL_INLINE QueryBlock(const BlockLayout<T, G>& layout, bool weighted, T* scratch)
+    VITRAIL_INLINE QueryBlock(const BlockLayout<E, G>& layout, T scale, bool weighted, E* queries, T* output)
         : layout_(layout),
+          scale_(scale * T(1.44269504088896340736)),
           weighted_(weighted),
           query_row_(query_row(layout)),
-          q_(scratch),
-          out_(scratch + kQueryBlock * query_row_) {}
+          q_(queries),
+          out_(output) {}
 
-    VITRAIL_INLINE void begin(int rows) {
+    // `bias`, which may be null, has a row of `bias_row` numbers for each query: what is added to its scores.
+    VITRAIL_INLINE void begin(int rows, const T* bias, int64_t bias_row) {
         rows_ = rows;
-        groups_ = 0;
-        partial_ = false;
+        bias_ = bias;
+        bias_row_ = bias_row;
+        seen_ = 0;
         const int padded = int(round_up(rows, kRows));
-        for (int64_t i = rows * query_row_; i < padded * query_row_; ++i) q_[i] = 0;
-        for (int64_t i = 0; i < padded * layout_.value_row; i += W) store(out_ + i, V{});
+        for (int64_t i = rows * query_row_; i < padded * query_row_; ++i) q_[i] = E{};
         for (int r = 0; r < padded; ++r) {
-            max_[r] = -T(__builtin_inf());
+            max_[r] = kLowest;
             sum_[r] = 0;
         }
     }
 
     template <class S>
-    VITRAIL_INLINE void load_query(int row, const S* from, T scale) {
-        const T log2_scale = scale * T(1.44269504088896340736);
-        T* to = q_ + row * query_row_;
-        for (int64_t c = 0; c < layout_.head_dim; c += 4) {
-            const Vec<T, 4> x = widen_some(from + c, layout_.head_dim - c) * log2_scale;
+    VITRAIL_INLINE void load_query(int row, const S* from) {
+        E* const to = q_ + row * query_row_;
+        constexpr int chunk = W * P::kDepth;
+        for (int64_t c = 0; c < layout_.units * P::kDepth; c += chunk) {
+            const int64_t left = layout_.head_dim - c;
+            const int64_t count = left < chunk ? left : chunk;
             if constexpr (G == 1) {
-                store(to + c, x);
-            } else {  // each channel once per key of a group, as the panels have it
-                for (int i = 0; i < 4 && (c + i) * g < layout_.panel; ++i)
-                    store(to + (c + i) * g, broadcast<T, g>(x[i]));
+                load_units(from + c, count, to + c);
+            } else {
+                alignas(64) E units[chunk];
+                load_units(from + c, count, units);
+                repeat_units(units, layout_.units - c / P::kDepth, to + c * g,
+                             std::make_integer_sequence<int, g>());
             }
         }
     }
 
-    // Scores of these keys are multiplied by `weight`, their values too.
-    VITRAIL_INLINE void visit(const T* block, T weight) {
-        const T* values = block + layout_.values();
-        for (int64_t first = 0; first < layout_.keys; first += g) {
+    // Scores of these `keys` keys are multiplied by `weight`, their values too.
+    VITRAIL_INLINE void visit(const E* block, int64_t keys, T weight) {
+        const E* values = block + layout_.values();
+        for (int64_t first = 0; first < keys; first += g) {
             if (groups_ == kGroups) flush();
-            const int count = layout_.keys - first < g ? int(layout_.keys - first) : g;
+            const int count = keys - first < g ? int(keys - first) : g;
             panel_[groups_] = block + first / g * layout_.panel;
             values_[groups_] = values + first * layout_.value_row;
             count_[groups_] = count;
             if (weighted_) store(lane_weight_ + groups_ * g, broadcast<T, g>(weight));
-            store(lane_mask_ + groups_ * g, Vec<T, g>{});
-            if (count < g) {
-                for (int lane = count; lane < g; ++lane) lane_mask_[groups_ * g + lane] = -T(__builtin_inf());
-                partial_ = true;
-            }
             ++groups_;
         }
     }
@@ -156,172 +155,243 @@ class QueryBlock {
         if (groups_ > 0) attend();
     }
 
+    // After the last key: the factors of the outputs, and the log-sum-exps.
+    VITRAIL_INLINE void finish() {
+        constexpr T ln2 = T(0.69314718055994530942);
+        for (int row = 0; row < rows_; row += W) {
+            const V sum = load(sum_ + row);
+            store(lse_ + row, (load(max_ + row) + log2_positive<T, W>(sum)) * ln2);
+            store(sum_ + row, T(1) / sum);
+        }
+    }
+
     template <class S>
     VITRAIL_INLINE void store_output(int row, S* to) const {
-        const T scale = T(1) / sum_[row];
-        const T* from = out_ + row * layout_.value_row;
-        for (int64_t c = 0; c < layout_.value_dim; c += 4)
-            narrow_some(to + c, load<T, 4>(from + c) * scale, layout_.value_dim - c);
+        const T* const from = out_ + row * layout_.value_row;
+        int64_t c = 0;
+        for (; c + W <= layout_.value_dim; c += W) narrow<W>(to + c, load(from + c) * sum_[row]);
+        for (; c < layout_.value_dim; c += 4)
+            narrow_some(to + c, load<T, 4>(from + c) * sum_[row], layout_.value_dim - c);
     }
 
-    VITRAIL_INLINE T log_sum_exp(int row) const {
-        constexpr T ln2 = T(0.69314718055994530942);
-        if constexpr (sizeof(T) == 4) return ln2 * (max_[row] + __builtin_log2f(sum_[row]));
-        return ln2 * (max_[row] + T(__builtin_log2(sum_[row])));
-    }
+    VITRAIL_INLINE T log_sum_exp(int row) const { return lse_[row]; }
 
   private:
-    VITRAIL_INLINE static int64_t query_row(const BlockLayout<T, G>& layout) {
-        return G == 1 ? round_up(layout.head_dim, 4) : layout.panel;
+    static constexpr T kLowest = sizeof(T) == 4 ? T(-3.4e38) : T(-1.7e308);
+
+    VITRAIL_INLINE static int64_t query_row(const BlockLayout<E, G>& layout) {
+        return G == 1 ? round_up(layout.units, W) * P::kDepth : layout.panel;
+    }
+
+    // W units, of which `count` numbers exist.
+    template <class S>
+    VITRAIL_INLINE void load_units(const S* from, int64_t count, E* to) const {
+        if constexpr (kPaired) {
+            if (count == W * P::kDepth) return store(to, load<T, W>(reinterpret_cast<const T*>(from)));
+            store(to, V{});
+            __builtin_memcpy(to, from, count * sizeof(E));
+        } else {
+            pack_row(from, count, scale_, to, W);
+        }
+    }
+
+    // Each unit once per key of a group, as the panels have it.
+    template <int... I>
+    VITRAIL_INLINE static void repeat_units(const E* units, int64_t count, E* to,
+                                            std::integer_sequence<int, I...>) {
+        const V x = load<T, W>(reinterpret_cast<const T*>(units));
+        const std::make_integer_sequence<int, W> lanes;
+        ((I * G < count ? store(to + I * W * P::kDepth, repeat_lanes<T, W, g, I * G>(x, lanes)) : void()),
+         ...);
     }
 
     __attribute__((noinline)) void attend() {
-        const int lanes = groups_ * g;
-        const int padded = int(round_up(lanes, W));
-        if (padded > lanes) partial_ = true;
-        if (weighted_ || partial_)
-            for (int lane = lanes; lane < padded; lane += 4) {
-                store(lane_weight_ + lane, Vec<T, 4>{});
-                store(lane_mask_ + lane, broadcast<T, 4>(-T(__builtin_inf())));
-            }
-        for (int row = 0; row < rows_; row += kRows) {
-            score(q_ + row * query_row_);
-            T rescale[kRows];
-            soften(row, padded, rescale);
-            accumulate(out_ + row * layout_.value_row, rescale);
-        }
+        int row = 0;
+        for (; row + kRows <= rows_; row += kRows) attend_rows<kRows>(row);
+        if (rows_ - row == 1) attend_rows<1>(row);
+        if (rows_ - row > 1) attend_rows<kRows>(row);
+        seen_ += groups_ * g;
         groups_ = 0;
-        partial_ = false;
     }
 
-    VITRAIL_INLINE void score(const T* q) {
-        int first = 0;
+    template <int R>
+    VITRAIL_INLINE void attend_rows(int row) {
+        const int lanes = groups_ * g;
+        score<R>(q_ + row * query_row_);
+        adjust<R>(row, lanes);
+        V rescale = soften<R>(row, int(round_up(lanes, W)));
+        T* const out = out_ + row * layout_.value_row;
+        int64_t column = 0;
         if constexpr (kTileVectors >= 4)
-            for (; groups_ - first > 2 || (G == 4 && groups_ > first); first += 4) score_tile<4>(q, first);
-        for (; groups_ - first > 1 || (G == 2 && groups_ > first); first += 2) score_tile<2>(q, first);
+            for (; column + 4 * W <= layout_.value_row; column += 4 * W)
+                value_tile<R, 4>(out, column, rescale);
+        for (; column + 2 * W <= layout_.value_row; column += 2 * W) value_tile<R, 2>(out, column, rescale);
+        for (; column < layout_.value_row; column += W) value_tile<R, 1>(out, column, rescale);
+    }
+
+    template <int R>
+    VITRAIL_INLINE void score(const E* q) {
+        int first = 0;
+        if constexpr (kTileVectors >= 4) {
+            for (; groups_ - first > 3 || (G == 4 && groups_ > first); first += 4) score_tile<R, 4>(q, first);
+            if constexpr (G == 1)
+                if (groups_ - first == 3) return score_tile<R, 3>(q, first);
+        }
+        for (; groups_ - first > 1 || (G == 2 && groups_ > first); first += 2) score_tile<R, 2>(q, first);
         if constexpr (G == 1)
-            for (; groups_ > first; ++first) score_tile<1>(q, first);
+            for (; groups_ > first; ++first) score_tile<R, 1>(q, first);
     }
 
-    // Scores of kRows rows and N groups; past the last group the last one is repeated, and masked later.
-    template <int N>
-    VITRAIL_INLINE void score_tile(const T* q, int first) {
+    // Scores of R rows and N groups; past the last group the last one is repeated, and masked later.
+    template <int R, int N>
+    VITRAIL_INLINE void score_tile(const E* q, int first) {
         if constexpr (N % G == 0) {
-            const T* panel[N];
+            const E* panel[N];
             for (int j = 0; j < N; ++j) panel[j] = panel_[first + j < groups_ ? first + j : groups_ - 1];
-            V acc[kRows][N] = {};
-            const int64_t steps = layout_.panel / W;
+            V acc[R][N] = {};
+            const int64_t steps = layout_.units / G;
             for (int64_t c = 0; c < steps; ++c) {
-                V k[N];
-                for (int j = 0; j < N; ++j) k[j] = load(panel[j] + c * W);
-                for (int r = 0; r < kRows; ++r) {
-                    V x;
+                typename P::B k[N];
+                for (int j = 0; j < N; ++j) k[j] = P::load_b(panel[j] + c * W * P::kDepth);
+                for (int r = 0; r < R; ++r) {
+                    typename P::A x;
                     if constexpr (G == 1)
-                        x = broadcast(q[r * query_row_ + c]);
+                        x = P::load_a(q + r * query_row_ + c * P::kDepth);
                     else
-                        x = load(q + r * query_row_ + c * W);
-                    for (int j = 0; j < N; ++j) acc[r][j] += x * k[j];
+                        x = P::load_b(q + r * query_row_ + c * W * P::kDepth);
+                    for (int j = 0; j < N; ++j) acc[r][j] = P::add(x, k[j], acc[r][j]);
                 }
             }
-            for (int r = 0; r < kRows; ++r) {
+            for (int r = 0; r < R; ++r) {
                 T* to = scores_[r] + first * g;
-                if constexpr (G == 1)
-                    for (int j = 0; j < N; ++j) store(to + j * W, acc[r][j]);
-                if constexpr (G == 2)
-                    for (int j = 0; j < N; j += 2)
-                        store(to + j * g, fold<W / 2, T>(acc[r][j], acc[r][j + 1], Add()));
-                if constexpr (G == 4)
-                    for (int j = 0; j < N; j += 4)
-                        store(to + j * g,
-                              fold<W / 4, T>(fold<W / 2, T>(acc[r][j], acc[r][j + 1], Add()),
-                                             fold<W / 2, T>(acc[r][j + 2], acc[r][j + 3], Add()), Add()));
+                for (int j = 0; j < N; j += G) {
+                    V s;
+                    if constexpr (G == 1) s = acc[r][j];
+                    if constexpr (G == 2) s = fold<W / 2, T>(acc[r][j], acc[r][j + 1], Add());
+                    if constexpr (G == 4)
+                        s = fold<W / 4, T>(fold<W / 2, T>(acc[r][j], acc[r][j + 1], Add()),
+                                           fold<W / 2, T>(acc[r][j + 2], acc[r][j + 3], Add()), Add());
+                    store(to + j * g, kPaired ? s * scale_ : s);
+                }
             }
         }
     }
 
-    // Turns the scores of kRows rows into weights relative to the row's new maximum.
-    VITRAIL_INLINE void soften(int row, int lanes, T* rescale) {
-        V top[kRows], total[kRows] = {};
-        for (int r = 0; r < kRows; ++r) top[r] = broadcast(-T(__builtin_inf()));
-        for (int i = 0; i < lanes; i += W) {
-            for (int r = 0; r < kRows; ++r) {
-                V s = load(scores_[r] + i);
-                if (weighted_ || partial_) {
-                    if (weighted_) s *= load(lane_weight_ + i);
-                    if (partial_) s += load(lane_mask_ + i);
-                    store(scores_[r] + i, s);
-                }
-                top[r] = maximum(top[r], s);
+    // What is not the same for all keys: weights, biases, and lanes without a key.
+    template <int R>
+    VITRAIL_INLINE void adjust(int row, int lanes) {
+        constexpr T log2_e = T(1.44269504088896340736);
+        if (weighted_)
+            for (int r = 0; r < R; ++r)
+                for (int i = 0; i < lanes; i += g)
+                    store(scores_[r] + i, load<T, g>(scores_[r] + i) * load<T, g>(lane_weight_ + i));
+        if (bias_)
+            for (int r = 0; r < R; ++r) {
+                const T* const bias = bias_ + (row + r) * bias_row_ + seen_;
+                for (int i = 0; i < lanes; i += g)
+                    store(scores_[r] + i, load<T, g>(scores_[r] + i) + load<T, g>(bias + i) * log2_e);
             }
+        for (int group = 0; group < groups_; ++group)
+            if (count_[group] < g) mask<R>(group * g, count_[group]);
+        for (int i = lanes; i < int(round_up(lanes, W)); i += g) mask<R>(i, 0);
+    }
+
+    // Of the g lanes from `first` on, `count` have a key.
+    template <int R>
+    VITRAIL_INLINE void mask(int first, int count) {
+        using Bit = typename BitsOf<T>::type;
+        Vec<Bit, g> lane;
+        for (int i = 0; i < g; ++i) lane[i] = Bit(i);
+        for (int r = 0; r < R; ++r) {
+            const Vec<T, g> s = load<T, g>(scores_[r] + first);
+            store(scores_[r] + first, lane < Bit(count) ? s : broadcast<T, g>(-T(__builtin_inf())));
         }
-        const V before = widen_rows(max_ + row);
+    }
+
+    // Turns the scores of R rows into weights relative to the row's new maximum; returns what the outputs so
+    // far must be multiplied by.
+    template <int R>
+    VITRAIL_INLINE V soften(int row, int lanes) {
+        V top[kRows], total[kRows] = {};
+        for (int r = 0; r < kRows; ++r) top[r] = broadcast(kLowest);
+        for (int i = 0; i < lanes; i += W)
+            for (int r = 0; r < R; ++r) top[r] = maximum(top[r], load(scores_[r] + i));
+        const V before = load_rows<R>(max_ + row);
         const V now = maximum(before, reduce_rows<T>(top, Max()));
-        const V factor = exp2_negative<W>(before - now);
         for (int i = 0; i < lanes; i += W) {
-            for (int r = 0; r < kRows; ++r) {
+            for (int r = 0; r < R; ++r) {
                 V p = exp2_negative<W>(load(scores_[r] + i) - broadcast(T(now[r])));
                 total[r] += p;
                 if (weighted_) p *= load(lane_weight_ + i);
-                store(scores_[r] + i, p);
+                if constexpr (kPaired)
+                    P::store_a(weights_[r] + i, p);
+                else
+                    store(scores_[r] + i, p);
             }
         }
-        const V sums = widen_rows(sum_ + row) * factor + reduce_rows<T>(total, Add());
-        for (int r = 0; r < kRows; ++r) {
+        const V factor = exp2_negative<W>(before - now);
+        const V sums = load_rows<R>(sum_ + row) * factor + reduce_rows<T>(total, Add());
+        for (int r = 0; r < R; ++r) {
             max_[row + r] = now[r];
             sum_[row + r] = sums[r];
-            rescale[r] = factor[r];
         }
+        return factor;
     }
 
-    VITRAIL_INLINE static V widen_rows(const T* rows) {
+    template <int R>
+    VITRAIL_INLINE static V load_rows(const T* rows) {
         V v = {};
-        for (int r = 0; r < kRows; ++r) v[r] = rows[r];
+        for (int r = 0; r < R; ++r) v[r] = rows[r];
         return v;
     }
 
-    VITRAIL_INLINE void accumulate(T* out, const T* rescale) {
-        int64_t column = 0;
-        if constexpr (kTileVectors >= 4)
-            for (; column + 4 * W <= layout_.value_row; column += 4 * W) value_tile<4>(out, column, rescale);
-        for (; column + 2 * W <= layout_.value_row; column += 2 * W) value_tile<2>(out, column, rescale);
-        for (; column < layout_.value_row; column += W) value_tile<1>(out, column, rescale);
-    }
-
-    template <int N>
-    VITRAIL_INLINE void value_tile(T* out, int64_t column, const T* rescale) {
+    template <int R, int N>
+    VITRAIL_INLINE void value_tile(T* out, int64_t column, V rescale) {
         const int64_t stride = layout_.value_row;
-        V acc[kRows][N];
-        for (int r = 0; r < kRows; ++r)
-            for (int j = 0; j < N; ++j) acc[r][j] = load(out + r * stride + column + j * W) * rescale[r];
+        V acc[R][N] = {};
+        if (seen_ > 0)
+            for (int r = 0; r < R; ++r)
+                for (int j = 0; j < N; ++j) acc[r][j] = load(out + r * stride + column + j * W) * rescale[r];
         for (int group = 0; group < groups_; ++group) {
-            const T* v = values_[group] + column;
+            const E* v = values_[group] + column * P::kDepth;
             const int count = count_[group];
-            for (int key = 0; key < count; ++key, v += stride) {
-                V x[N];
-                for (int j = 0; j < N; ++j) x[j] = load(v + j * W);
-                for (int r = 0; r < kRows; ++r) {
-                    const V p = broadcast(scores_[r][group * g + key]);
-                    for (int j = 0; j < N; ++j) acc[r][j] += p * x[j];
+            for (int key = 0; key < count; key += P::kDepth, v += stride * P::kDepth) {
+                typename P::B x[N];
+                for (int j = 0; j < N; ++j) x[j] = P::load_b(v + j * W * P::kDepth);
+                for (int r = 0; r < R; ++r) {
+                    const typename P::A p = P::load_a(weight(r) + group * g + key);
+                    for (int j = 0; j < N; ++j) acc[r][j] = P::add(p, x[j], acc[r][j]);
                 }
             }
         }
-        for (int r = 0; r < kRows; ++r)
+        for (int r = 0; r < R; ++r)
             for (int j = 0; j < N; ++j) store(out + r * stride + column + j * W, acc[r][j]);
     }
 
-    const BlockLayout<T, G> layout_;
+    VITRAIL_INLINE const E* weight(int r) const {
+        if constexpr (kPaired)
+            return weights_[r];
+        else
+            return scores_[r];
+    }
+
+    const BlockLayout<E, G> layout_;
+    const T scale_;  // of queries, or of scores where queries are packed as they are
     const bool weighted_;
     const int64_t query_row_;
-    T* const q_;
+    E* const q_;
     T* const out_;
+    const T* bias_ = nullptr;
+    int64_t bias_row_ = 0;
     int rows_ = 0, groups_ = 0;
-    bool partial_ = false;
-    const T* panel_[kGroups];
-    const T* values_[kGroups];
+    int64_t seen_ = 0;  // lanes before the current groups
+    const E* panel_[kGroups];
+    const E* values_[kGroups];
     int count_[kGroups];
-    T max_[kQueryBlock], sum_[kQueryBlock];
+    alignas(64) T max_[kQueryBlock], sum_[kQueryBlock], lse_[kQueryBlock];
     alignas(64) T scores_[kRows][kScores];
-    alignas(64) T lane_weight_[kScores], lane_mask_[kScores];
+    alignas(64) E weights_[kPaired ? kRows : 1][kPaired ? kScores : 1];
+    alignas(64) T lane_weight_[kScores];
 };
 
 }  // namespace vitrail::VITRAIL_ISA

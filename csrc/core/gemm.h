@@ -57,6 +57,7 @@ struct Product<BFloat16> {
     VITRAIL_INLINE static V add(const A& a, const B& b, V c) {
         return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
     }
+    VITRAIL_INLINE static void store_a(BFloat16* to, V v) { store(to, _mm512_cvtneps_pbh((__m512)v)); }
 #else
     struct A {
         V even, odd;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #define VITRAIL_INLINE inline __attribute__((always_inline))
@@ -102,6 +103,17 @@ VITRAIL_INLINE Vec<T, N> every_other(Vec<T, N> a, Vec<T, N> b, std::integer_sequ
 #endif
 }
 
+// Lane i of the result is lane First + i / Times: a few lanes, each repeated.
+template <class T, int N, int Times, int First, int... I>
+VITRAIL_INLINE Vec<T, N> repeat_lanes(Vec<T, N> a, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, a, (First + I / Times)...);
+#else
+    using Index = typename BitsOf<T>::type;
+    return __builtin_shuffle(a, Vec<Index, N>{Index(First + I / Times)...});
+#endif
+}
+
 // Combines neighbouring blocks of (a, b): 2N lanes become N.
 template <int Block, class T, int N = kLanes<T>, class Op>
 VITRAIL_INLINE Vec<T, N> fold(Vec<T, N> a, Vec<T, N> b, Op op) {
@@ -146,6 +158,27 @@ VITRAIL_INLINE Vec<double, N> exp2_negative(Vec<double, N> x) {
     Vec<double, N> p = broadcast<double, N>(1.0);
     for (int k = 13; k > 0; --k) p = p * y * (1.0 / k) + 1.0;
     return (Vec<double, N>)((Bits)p + ((Bits)t << 52));
+}
+
+// log2(x) for x >= 0; NaN and infinity stay what they are. The mantissa, between the square roots of 1/2 and
+// 2, goes through the series of the inverse hyperbolic tangent.
+template <class T, int N>
+VITRAIL_INLINE Vec<T, N> log2_positive(Vec<T, N> x) {
+    using Bit = typename BitsOf<T>::type;
+    using Bits = Vec<Bit, N>;
+    constexpr bool wide = sizeof(T) == 8;
+    constexpr int mantissa = wide ? 52 : 23, terms = wide ? 10 : 5;
+    constexpr Bit half_root = wide ? Bit(0x3fe6a09e667f3bcdu) : Bit(0x3f3504f3u);
+    constexpr T log2_e = T(1.44269504088896340736);
+    const auto exponent = (Vec<std::make_signed_t<Bit>, N>)((Bits)x - half_root) >> mantissa;
+    const Vec<T, N> m = (Vec<T, N>)((Bits)x - ((Bits)exponent << mantissa));
+    const Vec<T, N> t = (m - T(1)) / (m + T(1)), t2 = t * t;
+    Vec<T, N> sum = broadcast<T, N>(T(2) / (2 * terms - 1));
+    for (int k = terms - 1; k > 0; --k) sum = sum * t2 + T(2) / (2 * k - 1);
+    const Vec<T, N> log = __builtin_convertvector(exponent, Vec<T, N>) + t * sum * log2_e;
+    const T infinity = T(__builtin_inf());
+    const Vec<T, N> finite = x < infinity ? log : x;
+    return x > T(0) ? finite : (x == T(0) ? broadcast<T, N>(-infinity) : x);
 }
 
 }  // namespace vitrail::VITRAIL_ISA

@@ -1,16 +1,12 @@
 // vitrail::routed_attention on the CPU: checks, memory, threads. The arithmetic is in the backends.
 #include "routed_attention.h"
 
-#include "host.h"
+#include "block_host.h"
 
 namespace vitrail {
 namespace {
 
 constexpr Checks kChecks("routed_attention");
-// Packed keys and values that one pass over the images may hold, per thread: about what stays in cache.
-constexpr int64_t kPackedBytesPerThread = int64_t(1) << 20;
-// Fewer elements packed, or multiplications done, than this are not worth waking another thread for.
-constexpr int64_t kPackGrain = int64_t(1) << 15, kAttendGrain = int64_t(1) << 18;
 
 Regions regions_of(const char* name, const Tensor& grid, const std::vector<int64_t>& size) {
     kChecks.extent(name, size);
@@ -51,48 +47,14 @@ std::vector<int32_t> checked_routes(const Tensor& routes, int64_t regions) {
     });
 }
 
-void run(const RoutedAttention& a, int64_t images) {
-    const Backend& kernel = VITRAIL_KERNELS(kRoutedAttention);
-    const Plan plan = kernel.plan(a);
-    const int64_t channels = a.head_dim + a.value_dim;
-    const int64_t rows = std::min<int64_t>(a.q_regions.size, 64);
-    const int64_t keys = a.k_regions.size;
-    const int64_t pack_grain = std::max<int64_t>(1, kPackGrain / (keys * channels));
-    const double work = double(rows) * double(keys) * double(a.topk) * double(channels);
-    const int64_t attend_grain = std::max<int64_t>(1, int64_t(kAttendGrain / work));
-    const auto attend = [&](int64_t first, int64_t count, const void* packed) {
-        parallel(count * plan.attend_tasks, attend_grain, [&](int64_t begin, int64_t end) {
-            AlignedBuffer scratch(plan.scratch);
-            kernel.attend(a, first, packed, scratch.data, begin, end);
-        });
-    };
-    if (plan.pack_tasks == 0) return attend(0, images, nullptr);
-    const int64_t budget = kPackedBytesPerThread * torch::stable::get_num_threads();
-    const int64_t together = std::clamp<int64_t>(budget / plan.packed_image, 1, images);
-    AlignedBuffer packed(together * plan.packed_image);
-    for (int64_t first = 0; first < images; first += together) {
-        const int64_t count = std::min(together, images - first);
-        parallel(count * plan.pack_tasks, pack_grain,
-                 [&](int64_t begin, int64_t end) { kernel.pack(a, first, packed.data, begin, end); });
-        attend(first, count, packed.data);
-    }
-}
-
 std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& routes, const std::optional<Tensor>& weights,
                                             const std::vector<int64_t>& region_size,
                                             const std::vector<int64_t>& kv_region_size, int64_t num_heads,
                                             double scale) {
     RoutedAttention a = {};
-    a.storage = kChecks.storage("q", q);
+    set_inputs(kChecks, q, k, v, num_heads, scale, a);
     const ScalarType compute = compute_type(a.storage);
-    kChecks.heads(num_heads);
-    kChecks.grid("q", q, q, num_heads);
-    kChecks.grid("k", k, q, num_heads);
-    kChecks.grid("v", v, q, num_heads);
-    if (k.size(3) != q.size(3))
-        kChecks.fail("k must have the channels of q, ", q.size(3), ", got ", k.size(3));
-    kChecks.same_grid("v", v, "k", k);
     a.q_regions = regions_of("region_size", q, region_size);
     // A region that is larger than the grid holds the same queries as one of the grid's size.
     a.q_regions.height = std::min(a.q_regions.height, std::max<int64_t>(q.size(1), 1));
@@ -117,20 +79,10 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, co
             kChecks.fail("weights must have the shape of routes, ", shape_of(routes), ", got ",
                          shape_of(*weights));
     }
-    a.heads = num_heads;
-    a.head_dim = q.size(3) / num_heads;
-    a.value_dim = v.size(3) / num_heads;
     a.topk = routes.size(2);
-    a.scale = scale;
-    // A generous bound on the packed form of one image, in floating point because it may overflow.
-    const double packed = 8.0 * double(a.k_regions.count) * double(num_heads) *
-                          double(a.k_regions.size + 16) * double(a.head_dim + a.value_dim + 32);
-    if (packed > 0x1p62)
-        kChecks.fail("kv_region_size and the channels of k and v need ", packed,
-                     " bytes for one image's keys");
+    check_packed(kChecks, "kv_region_size", a, a.k_regions.count, a.k_regions.size);
 
-    Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-    Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), num_heads}, compute);
+    auto [out, lse] = new_outputs(q, v, a);
     const std::vector<int32_t> route_list = routes.scalar_type() == ScalarType::Int
                                                 ? checked_routes<int32_t>(routes, a.k_regions.count)
                                                 : checked_routes<int64_t>(routes, a.k_regions.count);
@@ -147,13 +99,8 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, co
         a.weights = (weights32 = copy_slots<float, float>(*weights, same)).data();
     if (weights && compute == ScalarType::Double)
         a.weights = (weights64 = copy_slots<double, double>(*weights, same)).data();
-    a.q = grid_of(q);
-    a.k = grid_of(k);
-    a.v = grid_of(v);
-    a.out = grid_of(out);
-    a.lse = lse.mutable_data_ptr();
     a.routes = route_list.data();
-    run(a, q.size(0));
+    run_forward(VITRAIL_KERNELS(kRoutedAttention), a, q.size(0));
     return {out, lse};
 }
 

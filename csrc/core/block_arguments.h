@@ -1,0 +1,36 @@
+// What the host side of a block attention operator (checks, memory, threads) and its kernels agree on.
+// Plain data only: a function here would be compiled with several instruction sets under one name.
+#pragma once
+
+#include "tensors.h"
+
+namespace vitrail {
+
+// Each operator adds what its addressing needs.
+struct BlockAttention {
+    Storage storage;
+    Grid q, out, lse;  // lse: heads side by side, float, or double for Storage::kFloat64
+    Grid k[2], v[2];   // where a key may lie: on the grid of keys, or where the addressing says; null: zeros
+    int64_t heads, head_dim, value_dim;
+    double scale;
+};
+
+// Sizes in bytes, and how many tasks one image gives. Nothing is packed ahead where pack_tasks is 0.
+struct BlockPlan {
+    int64_t packed_image, scratch;
+    int64_t pack_tasks, attend_tasks;
+    double work;  // multiplications of one attend task, about
+};
+
+template <class Arguments>
+struct BlockKernels {
+    BlockPlan (*plan)(const Arguments&);
+    // Packs keys and values of the images from `image` on: tasks [begin, end) of them all.
+    void (*pack)(const Arguments&, int64_t image, void* packed, int64_t begin, int64_t end);
+    // Computes outputs from what was packed (null: packs what it needs); `scratch` belongs to the caller's
+    // thread.
+    void (*attend)(const Arguments&, int64_t image, const void* packed, void* scratch, int64_t begin,
+                   int64_t end);
+};
+
+}  // namespace vitrail
