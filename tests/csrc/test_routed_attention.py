@@ -5,11 +5,7 @@ what the library does when nothing protects it.
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,17 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrail.ops import library
-
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-OTHER_CAPABILITIES = ("default", "avx2", "avx512")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled():
-    with library.use_ops("fused"):
-        library.load()
-        yield
 
 
 @dataclass(frozen=True)
@@ -254,18 +240,9 @@ def test_halves_of_every_kind_are_read_and_rounded_as_torch_does():
 
 
 @pytest.mark.parametrize("shape", ["BiFormer stage 1 at 64", "BiFormer stage 3", "values wider than keys"])
-def test_the_number_of_threads_does_not_change_a_bit(shape):
-    case = replace(SHAPES[shape], batch=5)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(fused(*case.arguments()))
-    finally:
-        torch.set_num_threads(before)
-    for out, lse in results[1:]:
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(lse, results[0][1])
+def test_the_number_of_threads_does_not_change_a_bit(shape, assert_same_bits_on_any_number_of_threads):
+    arguments = replace(SHAPES[shape], batch=5).arguments()
+    assert_same_bits_on_any_number_of_threads(lambda: fused(*arguments))
 
 
 def test_an_image_gives_the_same_bits_alone_and_in_a_batch():
@@ -385,31 +362,5 @@ def test_a_padded_region_too_large_for_memory_is_an_error_and_not_a_crash():
 # --- instruction sets ---------------------------------------------------------------------------------------
 
 
-def _supported(capability: str) -> bool:
-    order = ("default", *OTHER_CAPABILITIES[1:], "avx512_bf16")
-    return order.index(capability) <= order.index(library.status().capability or "default")
-
-
-@pytest.mark.parametrize("capability", OTHER_CAPABILITIES)
-def test_every_instruction_set_matches_the_definition(capability):
-    """The tests above again, in a process that may use no more than this."""
-    if os.environ.get("ATEN_CPU_CAPABILITY") is not None:
-        assert library.status().capability == os.environ["ATEN_CPU_CAPABILITY"]
-        return
-    if not _supported(capability):
-        pytest.skip(f"this processor has no {capability}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        str(Path(__file__)),
-    ]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+def test_every_instruction_set_matches_the_definition(lesser_instruction_set):
+    """The tests above again: the fixture does it."""
