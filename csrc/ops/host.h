@@ -114,16 +114,18 @@ class Checks {
     void grid(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
         on_cpu(name, t);
         if (t.dim() != 4) fail(name, " must have 4 dimensions (B, H, W, C), got shape ", shape_of(t));
-        if (t.scalar_type() != q.scalar_type())
-            fail(name, " must have the dtype of q, ", name_of(q.scalar_type()), ", got ",
-                 name_of(t.scalar_type()));
-        if (t.size(0) != q.size(0))
-            fail(name, " must have the batch size of q, ", q.size(0), ", got ", t.size(0));
-        if (t.size(3) == 0 || t.size(3) % heads != 0)
-            fail(name, " must have a positive multiple of num_heads = ", heads, " channels, got ", t.size(3));
-        contiguous_channels(name, t);
+        like(name, t, q, heads);
         if (t.size(1) > kMaxExtent || t.size(2) > kMaxExtent)
             fail(name, " must be at most ", kMaxExtent, " tokens high and wide, got shape ", shape_of(t));
+    }
+
+    // A (B, N, C) row of tokens whose channels `heads` divides, like `q` in dtype and batch.
+    void tokens(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
+        on_cpu(name, t);
+        if (t.dim() != 3) fail(name, " must have 3 dimensions (B, N, C), got shape ", shape_of(t));
+        like(name, t, q, heads);
+        if (t.size(1) > kMaxExtent)
+            fail(name, " must hold at most ", kMaxExtent, " tokens, got shape ", shape_of(t));
     }
 
     // Keys or values on a grid of their own.
@@ -144,6 +146,19 @@ class Checks {
     }
 
   private:
+    // Dtype and batch of `q`, contiguous channels that `heads` divides.
+    void like(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
+        const int64_t channels = t.size(t.dim() - 1);
+        if (t.scalar_type() != q.scalar_type())
+            fail(name, " must have the dtype of q, ", name_of(q.scalar_type()), ", got ",
+                 name_of(t.scalar_type()));
+        if (t.size(0) != q.size(0))
+            fail(name, " must have the batch size of q, ", q.size(0), ", got ", t.size(0));
+        if (channels == 0 || channels % heads != 0)
+            fail(name, " must have a positive multiple of num_heads = ", heads, " channels, got ", channels);
+        contiguous_channels(name, t);
+    }
+
     const char* const op_;
 };
 
@@ -153,6 +168,10 @@ inline ScalarType compute_type(Storage storage) {
 
 inline Grid grid_of(const Tensor& t) {
     return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+inline Tokens tokens_of(const Tensor& t) {
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
 }
 
 struct AlignedBuffer {

@@ -1,4 +1,4 @@
-"""The kernel's own tests once more, with AddressSanitizer and UndefinedBehaviorSanitizer compiled in."""
+"""The kernels' own tests once more, with AddressSanitizer and UndefinedBehaviorSanitizer compiled in."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 from vitrail.ops import library
 
-KERNEL_TESTS = Path(__file__).with_name("test_routed_attention.py")
+KERNEL_TESTS = sorted(path for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__))
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,12 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("capability", ["default", "avx512"])
-def test_the_kernel_touches_no_memory_but_its_own_and_is_well_defined(environment, capability):
+@pytest.mark.parametrize("tests", KERNEL_TESTS, ids=lambda path: path.stem)
+def test_the_kernel_touches_no_memory_but_its_own_and_is_well_defined(environment, tests, capability):
     # The sanitizer ends the process where an allocation fails, rather than let it be reported.
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not instruction_set and not too_large_for_memory"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(KERNEL_TESTS)],
+        [sys.executable, "-m", "pytest", *options, str(tests)],
         env={**environment, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
