@@ -240,6 +240,18 @@ def _under(root: Path, module: ModuleType) -> bool:
     return any(place and Path(place).resolve().is_relative_to(root) for place in places)
 
 
+def _hides(entry: Path, root: Path) -> bool:
+    """Whether a package of theirs that has no `__init__.py` would be taken from another entry of the path.
+
+    Such a package comes after a module of that name anywhere, as `models.py` beside this folder.
+    """
+    bare = [path.name for path in root.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
+    installed = entry.name in ("site-packages", "dist-packages")
+    return not installed and any(
+        (entry / name / "__init__.py").exists() or (entry / f"{name}.py").exists() for name in bare
+    )
+
+
 @contextlib.contextmanager
 def _isolated(root: Path, peer: Peer) -> Iterator[None]:
     """Imports start from `root` inside; afterwards modules, finders and paths are as before."""
@@ -253,13 +265,13 @@ def _isolated(root: Path, peer: Peer) -> Iterator[None]:
     kept = {name: module for name, module in sys.modules.items() if name.startswith(f"{prefix}.")}
     sys.modules.update({name.removeprefix(f"{prefix}."): module for name, module in kept.items()})
     path, finder, before = list(sys.path), _Absent(peer.unused), set(sys.modules)
-    sys.path.insert(0, str(root))
+    sys.path[:] = [str(root), *(entry for entry in path if not _hides(Path(entry), root))]
     sys.meta_path.append(finder)
     importlib.invalidate_caches()
     try:
         # their models must not take our names in timm's registry
-        with warnings.catch_warnings(), mock.patch("timm.models.register_model", lambda function: function):
-            warnings.simplefilter("ignore")
+        patch = mock.patch("timm.models.register_model", lambda function: function)
+        with patch, warnings.catch_warnings(record=True):  # they warn of their age
             yield
     finally:
         sys.path[:] = path
