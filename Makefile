@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all lint format bench fuzz docs clean
+.PHONY: help env demo test test-all lint format bench fuzz sanitize docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench: $(READY) ## time and memory of the operators against stock PyTorch
 
 fuzz: $(READY) ## a million calls of the compiled operators with random and spoiled arguments (ten minutes)
 	$(BIN)/python scripts/fuzz_operators.py --calls 1000000
+
+sanitize: $(READY) ## the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer (half an hour)
+	$(BIN)/python -m pytest -q -n $(JOBS) tests/csrc/test_sanitizers.py
 
 docs: $(READY) ## write docs/MODELS.md and docs/WEIGHTS.md from the registry
 	$(BIN)/python scripts/model_docs.py
