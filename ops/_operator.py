@@ -151,6 +151,10 @@ class Operator:
         return out if self._saved else out[0]
 
     def _backward_kernel(self, grad, *rest):
+        """The same for the gradients."""
+        on_cpu = grad.device.type == "cpu"
+        if self._compiled and on_cpu and library.load() and self._has_backward():
+            return self.backward_op(grad, *rest)
         with _recording():
             args, leaves = self._leaves(rest[self._saved :])
             grads = iter(torch.autograd.grad(self.definition(*args), leaves, grad, materialize_grads=True))
@@ -158,6 +162,9 @@ class Operator:
             args[0].new_empty(0) if args[i] is None else next(grads).contiguous() for i in self._wanted
         )
         return grads if len(grads) > 1 else grads[0]
+
+    def _has_backward(self) -> bool:
+        return library.has_kernel(f"vitrail::{self.name}_backward", "CPU")
 
     def _leaves(self, args):
         """The arguments with fresh leaves where they are differentiable, and these leaves."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from vitrail.ops import library
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kernels import OTHER_CAPABILITIES, TOLERANCE, check_with, with_threads  # noqa: E402
+from kernels import OTHER_CAPABILITIES, TOLERANCE, check_with, with_threads
 
 
 @dataclass(frozen=True)
