@@ -24,9 +24,4 @@ struct Rectangle {
     }
 };
 
-// `size` tokens in `parts` even parts: where part `i` begins.
-VITRAIL_INLINE int64_t part_begin(int64_t size, int64_t parts, int64_t i) {
-    return size / parts * i + (i < size % parts ? i : size % parts);
-}
-
 }  // namespace vitrail::VITRAIL_ISA

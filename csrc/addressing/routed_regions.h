@@ -2,7 +2,7 @@
 // Keys past the grid are zeros.
 #pragma once
 
-#include "../core/block_attention.h"
+#include "../core/block_addresses.h"
 #include "../ops/routed_attention.h"
 #include "rectangle.h"
 
@@ -30,7 +30,7 @@ class RoutedRegions {
     VITRAIL_INLINE bool biased() const { return false; }
 
     // Writes the queries of a block that lie on the grid; returns how many.
-    VITRAIL_INLINE int queries(int64_t block, Query* to) const {
+    VITRAIL_OUTLINE int queries(int64_t block, Query* to) const {
         const int64_t part = block % parts_;
         const int64_t first = part_begin(q_.size, parts_, part);
         int n = 0;
@@ -43,21 +43,26 @@ class RoutedRegions {
 
     VITRAIL_INLINE int64_t keys_in(int64_t) const { return k_.size; }
 
-    VITRAIL_INLINE void keys(int64_t block, int64_t first, int count, Key* to) const {
+    VITRAIL_OUTLINE void keys(int64_t block, int64_t first, int count, Key* to) const {
         rectangle(k_, block).each(first, count, [&](int64_t i, int64_t y, int64_t x) {
             to[i] = {y, x, y < k_.grid_height && x < k_.grid_width ? 0 : 1};
         });
     }
 
-    // Calls visit(block of keys, weight) for each block that the queries of a block look at.
+    // Calls visit(block of keys, weight, slot) for each block that the queries of a block look at.
     template <class Visit>
     VITRAIL_INLINE void for_each_visit(int64_t image, int64_t block, Visit visit) const {
-        const int64_t slot = (image * q_.count + block / parts_) * topk_;
-        for (int64_t j = slot; j < slot + topk_; ++j)
-            visit(int64_t(routes_[j]), weights_ ? weights_[j] : T(1));
+        const int64_t first = block / parts_ * topk_, of_image = image * slots();
+        for (int64_t slot = first; slot < first + topk_; ++slot)
+            visit(int64_t(routes_[of_image + slot]), weights_ ? weights_[of_image + slot] : T(1), slot);
     }
+    VITRAIL_INLINE int64_t slots() const { return q_.count * topk_; }
 
     VITRAIL_INLINE void bias(int64_t, int64_t, int64_t, T*) const {}
+    VITRAIL_INLINE void add_bias(const T*, int64_t, int64_t, T*) const {}
+
+    // Any region may look at any other.
+    VITRAIL_INLINE int64_t units() const { return 1; }
 
   private:
     VITRAIL_INLINE static Rectangle rectangle(const Regions& regions, int64_t region) {

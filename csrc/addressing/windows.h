@@ -5,7 +5,7 @@
 // two windows: a block of keys is a window, and its queries are cut into blocks.
 #pragma once
 
-#include "../core/block_attention.h"
+#include "../core/block_addresses.h"
 #include "../ops/window_attention.h"
 #include "rectangle.h"
 
@@ -24,6 +24,7 @@ class Windows {
           rows_(a.grid_height, a.height, a.down),
           columns_(a.grid_width, a.width, a.right),
           parts_((a.height * a.width + kQueryBlock - 1) / kQueryBlock),
+          padded_((a.k[1].data || a.v[1].data) && (a.grid_height % a.height || a.grid_width % a.width)),
           bias_(static_cast<const T*>(a.bias)) {}
 
     VITRAIL_INLINE int64_t query_blocks() const { return key_blocks() * parts_; }
@@ -35,7 +36,7 @@ class Windows {
     VITRAIL_INLINE bool biased() const { return bias_ != nullptr; }
 
     // Writes the queries of a block that lie on the grid; returns how many.
-    VITRAIL_INLINE int queries(int64_t block, Query* to) const {
+    VITRAIL_OUTLINE int queries(int64_t block, Query* to) const {
         const Rectangle window = rectangle(block / parts_);
         const int64_t part = block % parts_, size = window.size();
         const int64_t first = part_begin(size, parts_, part);
@@ -50,29 +51,39 @@ class Windows {
 
     VITRAIL_INLINE int64_t keys_in(int64_t block) const { return rectangle(block).size(); }
 
-    VITRAIL_INLINE void keys(int64_t block, int64_t first, int count, Key* to) const {
+    VITRAIL_OUTLINE void keys(int64_t block, int64_t first, int count, Key* to) const {
         rectangle(block).each(first, count, [&](int64_t i, int64_t y, int64_t x) {
             to[i] = {y, x, y < grid_height_ && x < grid_width_ ? 0 : 1};
         });
     }
 
-    // Calls visit(block of keys, weight) for each block that the queries of a block look at.
+    // Calls visit(block of keys, weight, slot) for each block that the queries of a block look at.
     template <class Visit>
     VITRAIL_INLINE void for_each_visit(int64_t, int64_t block, Visit visit) const {
-        visit(block / parts_, T(1));
+        visit(block / parts_, T(1), 0);
     }
+    VITRAIL_INLINE int64_t slots() const { return 0; }
 
     // Writes what is added to the scores of a query, by its place, with the keys of a block.
-    VITRAIL_INLINE void bias(int64_t head, int64_t place, int64_t block, T* to) const {
-        const int64_t tokens = height_ * width_;
-        const T* const row = bias_ + (head * tokens + place) * tokens;
-        const Rectangle window = rectangle(block);
-        if (window.size() == tokens) return copy(row, tokens, to);
-        const T* from =
-            row + rows_.place(block / columns_.count) * width_ + columns_.place(block % columns_.count);
-        for (int64_t y = 0; y < window.height; ++y)
-            copy(from + y * width_, window.width, to + y * window.width);
+    VITRAIL_OUTLINE void bias(int64_t head, int64_t place, int64_t block, T* to) const {
+        const T* const row = bias_ + (head * height_ * width_ + place) * height_ * width_;
+        each_run(block, [&](int64_t key, int64_t key_place, int64_t count) {
+            int64_t i = 0;
+            for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + key + i, load(row + key_place + i));
+            for (; i < count; ++i) to[key + i] = row[key_place + i];
+        });
     }
+
+    // Adds what such a row holds to a table of all places.
+    VITRAIL_OUTLINE void add_bias(const T* from, int64_t place, int64_t block, T* table) const {
+        T* const row = table + place * height_ * width_;
+        each_run(block, [&](int64_t key, int64_t key_place, int64_t count) {
+            for (int64_t i = 0; i < count; ++i) row[key_place + i] += from[key + i];
+        });
+    }
+
+    // Windows share nothing but the bias and the padding.
+    VITRAIL_INLINE int64_t units() const { return bias_ || padded_ ? 1 : key_blocks(); }
 
   private:
     // The windows along one side of the grid.
@@ -99,15 +110,20 @@ class Windows {
                 columns_.begin(x + 1) - columns_.begin(x)};
     }
 
-    VITRAIL_INLINE static void copy(const T* from, int64_t count, T* to) {
-        int64_t i = 0;
-        for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i));
-        for (; i < count; ++i) to[i] = from[i];
+    // Calls visit(key, place, count) for stretches of keys of a window that lie in one row of places.
+    template <class Visit>
+    VITRAIL_INLINE void each_run(int64_t window, Visit visit) const {
+        const Rectangle r = rectangle(window);
+        if (r.width == width_) return visit(0, rows_.place(window / columns_.count) * width_, r.size());
+        const int64_t y0 = rows_.place(window / columns_.count);
+        const int64_t x0 = columns_.place(window % columns_.count);
+        for (int64_t y = 0; y < r.height; ++y) visit(y * r.width, (y0 + y) * width_ + x0, r.width);
     }
 
     const int64_t grid_height_, grid_width_, height_, width_;
     const Side rows_, columns_;
     const int64_t parts_;  // blocks of queries per window
+    const bool padded_;    // with a key or a value of its own
     const T* const bias_;
 };
 

@@ -13,9 +13,8 @@
 
 namespace vitrail::VITRAIL_ISA {
 
-constexpr int kRows = 4;         // query rows per micro-kernel
-constexpr int kQueryBlock = 64;  // query rows that share one pass over their keys
-constexpr int kKeyBlock = 128;   // keys scored before they are weighed: in packed form they fit L1 or L2
+constexpr int kRows = 4;        // query rows per micro-kernel
+constexpr int kKeyBlock = 128;  // keys scored before they are weighed: in packed form they fit L1 or L2
 
 // Keys per panel: a power of two from four lanes to a whole vector, which `keys` keys fill best.
 template <class T>
@@ -49,26 +48,29 @@ struct BlockLayout {
 
 // Packs keys [first, first + count) of a block, count <= kGroup, channels from `k_channel` and `v_channel`
 // on.
-template <class S, class E, int G>
-VITRAIL_INLINE void pack_group(const BlockLayout<E, G>& layout, const S* const* k, int64_t k_channel,
-                               const S* const* v, int64_t v_channel, int64_t first, int count, E* block) {
+template <class S, int G>
+VITRAIL_OUTLINE void pack_group(const BlockLayout<Packed<S>, G>& layout, const void* const* k,
+                                int64_t k_channel, const void* const* v, int64_t v_channel, int64_t first,
+                                int count, Packed<S>* block) {
     using T = Compute<S>;
+    using E = Packed<S>;
     constexpr int g = BlockLayout<E, G>::kGroup, depth = BlockLayout<E, G>::kDepth;
+    const auto at = [](const void* token, int64_t channel) {
+        return token ? static_cast<const S*>(token) + channel : nullptr;
+    };
     E* const panel = block + first / g * layout.panel;
     for (int key = 0; key < g; key += 4) {
         const S* rows[4];
-        for (int i = 0; i < 4; ++i)
-            rows[i] = key + i < count && k[key + i] ? k[key + i] + k_channel : nullptr;
+        for (int i = 0; i < 4; ++i) rows[i] = key + i < count ? at(k[key + i], k_channel) : nullptr;
         pack_four_columns<E>(rows, layout.head_dim, layout.units, reinterpret_cast<T*>(panel) + key, g);
     }
     E* row = block + layout.values() + first * layout.value_row;
     for (int key = 0; key < count; key += depth, row += depth * layout.value_row) {
         if constexpr (depth == 1) {
-            pack_row(v[key] ? v[key] + v_channel : nullptr, layout.value_dim, T(1), row, layout.value_row);
+            pack_row(at(v[key], v_channel), layout.value_dim, T(1), row, layout.value_row);
         } else {
-            const bool two = key + 1 < count;
-            const S* const pair[2] = {v[key] ? v[key] + v_channel : nullptr,
-                                      two && v[key + 1] ? v[key + 1] + v_channel : nullptr};
+            const S* const pair[2] = {at(v[key], v_channel),
+                                      key + 1 < count ? at(v[key + 1], v_channel) : nullptr};
             pack_pair(pair, layout.value_dim, row, layout.value_row);
         }
     }
@@ -119,7 +121,7 @@ class QueryBlock {
     }
 
     template <class S>
-    VITRAIL_INLINE void load_query(int row, const S* from) {
+    VITRAIL_OUTLINE void load_query(int row, const S* from) {
         E* const to = q_ + row * query_row_;
         constexpr int chunk = W * P::kDepth;
         for (int64_t c = 0; c < layout_.units * P::kDepth; c += chunk) {
@@ -154,9 +156,10 @@ class QueryBlock {
     VITRAIL_INLINE void flush() {
         if (groups_ > 0) attend();
     }
+    VITRAIL_OUTLINE void attend();
 
     // After the last key: the factors of the outputs, and the log-sum-exps.
-    VITRAIL_INLINE void finish() {
+    VITRAIL_OUTLINE void finish() {
         constexpr T ln2 = T(0.69314718055994530942);
         for (int row = 0; row < rows_; row += W) {
             const V sum = load(sum_ + row);
@@ -166,7 +169,7 @@ class QueryBlock {
     }
 
     template <class S>
-    VITRAIL_INLINE void store_output(int row, S* to) const {
+    VITRAIL_OUTLINE void store_output(int row, S* to) const {
         const T* const from = out_ + row * layout_.value_row;
         int64_t c = 0;
         for (; c + W <= layout_.value_dim; c += W) narrow<W>(to + c, load(from + c) * sum_[row]);
@@ -203,15 +206,6 @@ class QueryBlock {
         const std::make_integer_sequence<int, W> lanes;
         ((I * G < count ? store(to + I * W * P::kDepth, repeat_lanes<T, W, g, I * G>(x, lanes)) : void()),
          ...);
-    }
-
-    __attribute__((noinline)) void attend() {
-        int row = 0;
-        for (; row + kRows <= rows_; row += kRows) attend_rows<kRows>(row);
-        if (rows_ - row == 1) attend_rows<1>(row);
-        if (rows_ - row > 1) attend_rows<kRows>(row);
-        seen_ += groups_ * g;
-        groups_ = 0;
     }
 
     template <int R>
@@ -393,5 +387,59 @@ class QueryBlock {
     alignas(64) E weights_[kPaired ? kRows : 1][kPaired ? kScores : 1];
     alignas(64) T lane_weight_[kScores];
 };
+
+template <class E, int G>
+void QueryBlock<E, G>::attend() {
+    int row = 0;
+    for (; row + kRows <= rows_; row += kRows) attend_rows<kRows>(row);
+    if (rows_ - row == 1) attend_rows<1>(row);
+    if (rows_ - row > 1) attend_rows<kRows>(row);
+    seen_ += groups_ * g;
+    groups_ = 0;
+}
+
+// What is not inline is compiled once, in attention_kernel.cpp, for all operators. How storage types and
+// groupings (G) meet:
+#if defined(__AVX512F__)
+#define VITRAIL_GROUPINGS(M, S) M(S, 1) M(S, 2) M(S, 4)
+#define VITRAIL_GROUPINGS64(M, S) M(S, 1) M(S, 2)
+#elif defined(__AVX2__)
+#define VITRAIL_GROUPINGS(M, S) M(S, 1) M(S, 2)
+#define VITRAIL_GROUPINGS64(M, S) M(S, 1)
+#else
+#define VITRAIL_GROUPINGS(M, S) M(S, 1)
+#define VITRAIL_GROUPINGS64(M, S) M(S, 1)
+#endif
+#define VITRAIL_ALL_GROUPINGS(M) \
+    VITRAIL_GROUPINGS(M, float)  \
+    VITRAIL_GROUPINGS(M, BFloat16) VITRAIL_GROUPINGS(M, Float16) VITRAIL_GROUPINGS64(M, double)
+
+#define VITRAIL_STORAGE_PARTS(S, G)                                                               \
+    template void pack_group<S, G>(const BlockLayout<Packed<S>, G>&, const void* const*, int64_t, \
+                                   const void* const*, int64_t, int64_t, int, Packed<S>*);        \
+    template void QueryBlock<Packed<S>, G>::load_query<S>(int, const S*);                         \
+    template void QueryBlock<Packed<S>, G>::store_output<S>(int, S*) const;
+#define VITRAIL_BLOCK_PARTS(E, G)             \
+    template void QueryBlock<E, G>::attend(); \
+    template void QueryBlock<E, G>::finish();
+#if defined(__AVX512BF16__)
+#define VITRAIL_ALL_BLOCKS(M)   \
+    VITRAIL_GROUPINGS(M, float) \
+    VITRAIL_GROUPINGS(M, BFloat16) VITRAIL_GROUPINGS64(M, double)
+#else
+#define VITRAIL_ALL_BLOCKS(M) VITRAIL_GROUPINGS(M, float) VITRAIL_GROUPINGS64(M, double)
+#endif
+
+#define VITRAIL_EXTERN_STORAGE_PARTS(S, G)                                                               \
+    extern template void pack_group<S, G>(const BlockLayout<Packed<S>, G>&, const void* const*, int64_t, \
+                                          const void* const*, int64_t, int64_t, int, Packed<S>*);        \
+    extern template void QueryBlock<Packed<S>, G>::load_query<S>(int, const S*);                         \
+    extern template void QueryBlock<Packed<S>, G>::store_output<S>(int, S*) const;
+#define VITRAIL_EXTERN_BLOCK_PARTS(E, G)             \
+    extern template void QueryBlock<E, G>::attend(); \
+    extern template void QueryBlock<E, G>::finish();
+
+VITRAIL_ALL_GROUPINGS(VITRAIL_EXTERN_STORAGE_PARTS)
+VITRAIL_ALL_BLOCKS(VITRAIL_EXTERN_BLOCK_PARTS)
 
 }  // namespace vitrail::VITRAIL_ISA

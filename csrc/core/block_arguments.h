@@ -22,6 +22,21 @@ struct BlockPlan {
     double work;  // multiplications of one attend task, about
 };
 
+// Gradients, and the gradient of the result. Those of keys and values are in the type of lse, added to what
+// is there, and null where they are not wanted.
+struct BlockGradients {
+    Grid out, q, k[2], v[2];
+    void* bias;     // of scores: a table for each image and head, `bias_table` numbers apart; or null
+    void* weights;  // of visits: (image, head, slot); or null
+    int64_t bias_table;
+};
+
+struct GradientPlan {
+    int64_t scratch, tasks;
+    int64_t slots;  // weights of one image
+    double work;    // multiplications of one task, about
+};
+
 template <class Arguments>
 struct BlockKernels {
     BlockPlan (*plan)(const Arguments&);
@@ -31,6 +46,9 @@ struct BlockKernels {
     // thread.
     void (*attend)(const Arguments&, int64_t image, const void* packed, void* scratch, int64_t begin,
                    int64_t end);
+    GradientPlan (*gradient_plan)(const Arguments&);
+    // Tasks [begin, end) of all images.
+    void (*gradients)(const Arguments&, const BlockGradients&, void* scratch, int64_t begin, int64_t end);
 };
 
 }  // namespace vitrail

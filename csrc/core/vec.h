@@ -10,6 +10,7 @@
 #include <utility>
 
 #define VITRAIL_INLINE inline __attribute__((always_inline))
+#define VITRAIL_OUTLINE inline __attribute__((noinline))
 
 namespace vitrail::VITRAIL_ISA {
 

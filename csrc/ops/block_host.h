@@ -72,4 +72,82 @@ void run_forward(const BlockKernels<Arguments>& kernels, const Arguments& a, int
     }
 }
 
+// --- gradients ---
+
+// Checks what the forward operator returned, and the gradient of its result.
+inline void set_outputs(const Checks& checks, const Tensor& grad, const Tensor& out, const Tensor& lse,
+                        const Tensor& q, const Tensor& v, BlockAttention& a, BlockGradients& g) {
+    const std::vector<int64_t> shape = {q.size(0), q.size(1), q.size(2), v.size(3)};
+    const auto check = [&](const char* name, const Tensor& t, ScalarType type) {
+        checks.on_cpu(name, t);
+        checks.dtype(name, t, type);
+        checks.contiguous_channels(name, t);
+    };
+    checks.shape("grad", grad, shape);
+    check("grad", grad, q.scalar_type());
+    checks.shape("out", out, shape);
+    check("out", out, q.scalar_type());
+    checks.shape("lse", lse, {q.size(0), q.size(1), q.size(2), a.heads});
+    check("lse", lse, compute_type(a.storage));
+    g.out = grid_of(grad);
+    a.out = grid_of(out);
+    a.lse = grid_of(lse);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+    return sizes;
+}
+
+// The gradient of a grid, to be written in its type, or added to in another.
+inline Tensor empty_gradient(const Tensor& t, Grid& grid) {
+    Tensor gradient = torch::stable::new_empty(t, sizes_of(t));
+    grid = grid_of(gradient);
+    return gradient;
+}
+
+inline Tensor zero_gradient(const Tensor& t, ScalarType type, Grid& grid) {
+    Tensor gradient = torch::stable::new_zeros(t, sizes_of(t), type);
+    grid = grid_of(gradient);
+    return gradient;
+}
+
+inline Tensor converted(const Tensor& t, ScalarType type) {
+    return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// The sums of `from`, (groups, tables, numbers), over the tables of each group, always in their order.
+inline Tensor summed(const Tensor& from, const std::vector<int64_t>& shape) {
+    Tensor to = torch::stable::new_zeros(from, shape);
+    const int64_t groups = from.size(0), tables = from.size(1), size = from.size(2);
+    const auto sum = [&](auto number) {
+        using T = decltype(number);
+        const T* const data = static_cast<const T*>(from.const_data_ptr());
+        T* const sums = static_cast<T*>(to.mutable_data_ptr());
+        for (int64_t group = 0; group < groups; ++group)
+            parallel(size, int64_t(1) << 14, [&](int64_t begin, int64_t end) {
+                for (int64_t table = group * tables; table < (group + 1) * tables; ++table)
+                    for (int64_t i = begin; i < end; ++i) sums[group * size + i] += data[table * size + i];
+            });
+    };
+    if (from.scalar_type() == ScalarType::Double)
+        sum(double());
+    else
+        sum(float());
+    return to;
+}
+
+template <class Arguments>
+void run_gradients(const BlockKernels<Arguments>& kernels, const Arguments& a, const BlockGradients& g,
+                   int64_t images) {
+    constexpr double kGrain = 0x1p20;  // multiplications
+    const GradientPlan plan = kernels.gradient_plan(a);
+    const int64_t grain = int64_t(std::clamp(kGrain / plan.work, 1.0, 1e9));
+    parallel(images * plan.tasks, grain, [&](int64_t begin, int64_t end) {
+        AlignedBuffer scratch(plan.scratch);
+        kernels.gradients(a, g, scratch.data, begin, end);
+    });
+}
+
 }  // namespace vitrail
