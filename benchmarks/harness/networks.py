@@ -97,10 +97,17 @@ def randomise(model: nn.Module) -> None:
         parameter.add_(noise.to(parameter.dtype))
 
 
-def load_weights(ours: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state dict of the authors' or timm's layout through the family's own filter."""
+def load_weights(ours: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load a state dict of the authors' or timm's layout through the family's own filter.
+
+    Raises:
+        JobFailed: it does not fit.
+    """
     filter_fn: Callable[..., dict[str, Tensor]] = sys.modules[type(ours).__module__].checkpoint_filter_fn
-    ours.load_state_dict(filter_fn(state, ours))
+    try:
+        ours.load_state_dict(filter_fn(state, ours))
+    except (RuntimeError, ValueError) as error:
+        raise JobFailed(f"{what} is another network: {' '.join(str(error).split())[:300]}") from error
 
 
 def same_network(
@@ -154,7 +161,8 @@ def _pair(
     if twin is None:
         return ours, others, {}
     source = others[twin]
-    load_weights(ours, source.model.state_dict() if isinstance(source, Logits) else source.state_dict())
+    state = source.model.state_dict() if isinstance(source, Logits) else source.state_dict()
+    load_weights(ours, state, f"{name}, {twin}")
     if not compare:
         return ours, others, {}
     alike = checkout is None or checkout.peer.repository in _COUNTED_ALIKE
