@@ -36,8 +36,9 @@ format: $(READY) ## ruff's fixes and formatting, clang-format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: $(READY) ## time and memory of the operators against stock PyTorch
+bench: $(READY) ## operators and models against stock PyTorch, timm and, with PEERS=FOLDER, the authors' code
 	$(BIN)/python benchmarks/operators.py
+	$(BIN)/python benchmarks/models.py $(if $(PEERS),--peers "$(PEERS)")
 
 fuzz: $(READY) ## a million calls of the compiled operators with random and spoiled arguments (ten minutes)
 	$(BIN)/python scripts/fuzz_operators.py --calls 1000000

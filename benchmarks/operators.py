@@ -202,9 +202,13 @@ def run_check(
     rows, failed = [], []
     listed = list(places([s for s in settings if s.quick], args.batch, args.passes))
     todo = [place for place in listed if place.setting.compiled(place.training)]
-    missing = {f"{p.setting.operator} ({PASSES[p.training]})" for p in listed if p not in todo}
-    if missing:
-        print(f"not checked, as they have no compiled kernel: {', '.join(sorted(missing))}", file=sys.stderr)
+    for kind in PASSES:
+        missing = {p.setting.operator for p in listed if p not in todo and PASSES[p.training] == kind}
+        if missing:
+            print(
+                f"{kind} not checked, without a compiled kernel: {', '.join(sorted(missing))}",
+                file=sys.stderr,
+            )
     with terminal.steps(len(todo)) as steps:
         for place in todo:
             steps.step(str(place))

@@ -77,7 +77,7 @@ def _peak_allocated(run: Callable[[], object]) -> int:
 _PROCESS = Path("/proc/self")
 
 
-def _kilobytes(field: str) -> int:
+def _status(field: str) -> int:
     """A figure of the process's status, in bytes."""
     lines = (_PROCESS / "status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
@@ -93,9 +93,22 @@ def _peak_resident(run: Callable[[], object]) -> int | None:
         (_PROCESS / "clear_refs").write_text("5")  # forgets the peak so far
     except OSError:
         return None
-    before = _kilobytes("VmRSS")
+    before = _status("VmRSS")
     run()
-    return max(_kilobytes("VmHWM") - before, 0)
+    return max(_status("VmHWM") - before, 0)
+
+
+def limit_to_free_memory() -> None:
+    """Have an allocation that does not fit fail, as an error that can be told, instead of the system ending us."""
+    with contextlib.suppress(ImportError, OSError, StopIteration, ValueError):
+        import resource
+
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = _status("VmData") + int(0.95 * free)
+        if hard == resource.RLIM_INFINITY or limit < hard:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def weights(model: torch.nn.Module) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitrail import zoo
 from vitrail.accounting import repeated_projections
-from vitrail.catalog import create_model
+from vitrail.catalog import create_model, default_size
 from vitrail.cli.terminal import JobFailed
 from vitrail.ops import use_ops
 from vitrail.profiling import count_with_torch
@@ -97,10 +97,17 @@ def randomise(model: nn.Module) -> None:
         parameter.add_(noise.to(parameter.dtype))
 
 
-def load_weights(ours: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state dict of the authors' or timm's layout through the family's own filter."""
+def load_weights(ours: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load a state dict of the authors' or timm's layout through the family's own filter.
+
+    Raises:
+        JobFailed: it does not fit.
+    """
     filter_fn: Callable[..., dict[str, Tensor]] = sys.modules[type(ours).__module__].checkpoint_filter_fn
-    ours.load_state_dict(filter_fn(state, ours))
+    try:
+        ours.load_state_dict(filter_fn(state, ours))
+    except (RuntimeError, ValueError) as error:
+        raise JobFailed(f"{what} is another network: {' '.join(str(error).split())[:300]}") from error
 
 
 def same_network(
@@ -138,6 +145,31 @@ def inference_form(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     return fuse(model) if dtype == torch.float32 else fuse(model, dtype=dtype)
 
 
+def _pair(
+    name: str, size: int, checkout: Checkout | None, stock: str | None, compare: bool = True
+) -> tuple[nn.Module, dict[str, nn.Module], dict[str, dict[str, Any]]]:
+    """Ours, the others with the same weights where they are the same network, and what shows that they are."""
+    torch.manual_seed(0)
+    ours = create_model(name, (size, size))
+    others: dict[str, nn.Module] = {}
+    if stock is not None:
+        others[f"timm {stock}"] = create_model(stock, (size, size))
+    if checkout is not None:
+        others[AUTHORS] = Logits(checkout.build(name, size)).eval()
+    twin = AUTHORS if checkout is not None else f"timm {stock}" if stock in _SAME else None
+    randomise(ours if twin is None else others[twin])
+    if twin is None:
+        return ours, others, {}
+    source = others[twin]
+    state = source.model.state_dict() if isinstance(source, Logits) else source.state_dict()
+    load_weights(ours, state, f"{name}, {twin}")
+    if not compare:
+        return ours, others, {}
+    alike = checkout is None or checkout.peer.repository in _COUNTED_ALIKE
+    image = torch.randn(1, 3, size, size)
+    return ours, others, {twin: same_network(ours, source, image, f"{name}, {twin}", alike)}
+
+
 def build_group(
     name: str,
     size: int,
@@ -154,25 +186,14 @@ def build_group(
         PeerError: the authors' cannot be built.
         UnknownModelError, SizeError: there is no such model, or not at this size.
     """
-    torch.manual_seed(0)
-    ours = create_model(name, (size, size))
-    others: dict[str, nn.Module] = {}
     group = Group(name, size, [], {}, {}, {})
+    if size != default_size(name)[0]:
+        # what is the same network at one size is at another, where float64 or all that the authors keep may not fit
+        group.same = _pair(name, default_size(name)[0], checkout, stock)[2]
+        ours, others, _ = _pair(name, size, checkout, stock, compare=False)
+    else:
+        ours, others, group.same = _pair(name, size, checkout, stock)
     image = group.images(1, torch.float32)
-    if stock is not None:
-        others[f"timm {stock}"] = create_model(stock, (size, size))
-    if checkout is not None:
-        others[AUTHORS] = Logits(checkout.build(name, size)).eval()
-    source = others.get(AUTHORS) or (others.get(f"timm {stock}") if stock in _SAME else None)
-    randomise(source or ours)
-    if source is not None:
-        load_weights(ours, source.model.state_dict() if isinstance(source, Logits) else source.state_dict())
-    if checkout is not None:
-        alike = checkout.peer.repository in _COUNTED_ALIKE
-        group.same[AUTHORS] = same_network(ours, others[AUTHORS], image, checkout.peer.repository, alike)
-    elif source is not None:
-        group.same[f"timm {stock}"] = same_network(ours, source, image, f"timm's {stock}", True)
-
     with use_ops("fused"), torch.no_grad():
         own = count_with_torch(ours, image)
         macs = {other: count_with_torch(model, image) for other, model in others.items()}

@@ -10,6 +10,7 @@ import torch
 from vitrail.cli.terminal import JobFailed, Terminal, UsageError, at_least, positive_number
 from vitrail.ops import library, use_ops
 
+from .memory import limit_to_free_memory
 from .report import RESULTS, check_output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,6 +54,7 @@ def output(given: str | None, stem: str, complete: bool, made: argparse.Argument
 def run(job: Callable[[Terminal], int], as_json: bool, threads: int | None) -> int:
     """Run a benchmark along the compiled path; the exit status."""
     terminal = Terminal(as_json)
+    limit_to_free_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     try:

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import timm.models
 from torch import Tensor, nn
 
 Build = Callable[[Callable[[str], Any], str, int], nn.Module]
@@ -270,7 +271,7 @@ def _isolated(root: Path, peer: Peer) -> Iterator[None]:
     importlib.invalidate_caches()
     try:
         # their models must not take our names in timm's registry
-        patch = mock.patch("timm.models.register_model", lambda function: function)
+        patch = mock.patch.object(timm.models, "register_model", lambda function: function)
         with patch, warnings.catch_warnings(record=True):  # they warn of their age
             yield
     finally:
