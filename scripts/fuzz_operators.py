@@ -267,8 +267,8 @@ def _spoiled_tensor(s: Source, x: Tensor) -> Any:
             if not x.is_floating_point()
             else s.random.choice((math.nan, math.inf, -1e38))
         )
-        info = None if x.is_floating_point() or x.dtype == torch.bool else torch.iinfo(x.dtype)
-        if info is None or info.min <= value <= info.max:
+        whole = x.dtype in (torch.int64, torch.int32)
+        if x.is_floating_point() or (whole and torch.iinfo(x.dtype).min <= value <= torch.iinfo(x.dtype).max):
             x.view(-1)[s.random.randrange(x.numel())] = value
         return x
     if kind == 9:
