@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from harness import attention, options, sparsity, strips
+from harness import attention, layers, options, sparsity, strips
 from harness.memory import peak, return_memory_at_once
 from harness.problems import (
     FUSED,
@@ -33,7 +33,7 @@ from harness.report import Table, machine, mebibytes, milliseconds, publish, rat
 from harness.timing import GEMM, alternate, gemm, gemm_rate, spread
 from vitrail.cli.terminal import JobFailed, Terminal, at_least
 
-SETTINGS: tuple[Setting, ...] = (*attention.SETTINGS, *sparsity.SETTINGS, *strips.SETTINGS)
+SETTINGS: tuple[Setting, ...] = (*attention.SETTINGS, *sparsity.SETTINGS, *strips.SETTINGS, *layers.SETTINGS)
 PASSES = ("forward", "training")
 
 
