@@ -66,14 +66,6 @@ VITRAIL_INLINE void narrow_row(const T* from, int64_t size, T factor, S* to) {
     for (; c < size; c += 4) narrow_some(to + c, load<T, 4>(from + c) * factor, size - c);
 }
 
-// The sum, or the like, of all lanes, in every lane.
-template <class T, class Op, int Block = kLanes<T> / 2>
-VITRAIL_INLINE Vec<T, kLanes<T>> reduce(Vec<T, kLanes<T>> x, Op op) {
-    x = fold<Block, T>(x, x, op);
-    if constexpr (Block > 1) return reduce<T, Op, Block / 2>(x, op);
-    return x;
-}
-
 // Products of x with N vectors of each of `Keys` rows. Each takes an equal share of the lanes, to be summed.
 template <class T, int N, int Keys>
 VITRAIL_INLINE Vec<T, kLanes<T>> products(const Vec<T, kLanes<T>>* x, Rows<const T> rows,

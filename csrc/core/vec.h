@@ -131,6 +131,14 @@ VITRAIL_INLINE Vec<T, N> reduce_rows(const Vec<T, N> (&v)[4], Op op) {
     return x;
 }
 
+// The sum, or the like, of all lanes, in every lane.
+template <class T, class Op, int Block = kLanes<T> / 2>
+VITRAIL_INLINE Vec<T, kLanes<T>> reduce(Vec<T, kLanes<T>> x, Op op) {
+    x = fold<Block, T>(x, x, op);
+    if constexpr (Block > 1) return reduce<T, Op, Block / 2>(x, op);
+    return x;
+}
+
 // 2^x for x <= 0. Below the range of normal numbers it is exactly 0; NaN stays NaN.
 // The magic number rounds x to an integer n, whose bits then sit at the bottom of t; the polynomial is 2^f on
 // [-1/2, 1/2] (float: fitted, 1 ulp; double: the exponential series, 1e-16).
