@@ -1,7 +1,10 @@
-"""Measurement itself: the order of the runs, statistics, memory, tables."""
+"""Measurement itself: the order of the runs, statistics, memory, tables; and the commands that documents show."""
 
 import json
+import re
+import shlex
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +118,21 @@ def test_results_are_written_beside_the_file_and_renamed(tmp_path, monkeypatch, 
     written = json.loads(target.read_text())
     assert written["gemm_gflops"] == 3.0
     assert written == json.loads(capsys.readouterr().out)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["operators", "models"])
+def test_the_commands_shown_are_understood(name, request):
+    module = request.getfixturevalue(name)
+    text = "\n".join(
+        path.read_text()
+        for path in (ROOT / "docs" / "PERFORMANCE.md", ROOT / ".ci" / "run", Path(module.__file__))
+    )
+    commands = re.findall(rf"python benchmarks/{name}\.py(.*)", text)
+    assert len(commands) >= 4
+    for command in commands:
+        _, args = module.parse(shlex.split(command, comments=True))
+        for model in getattr(args, "models", None) or ():
+            assert model in module.NETWORKS
