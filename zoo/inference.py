@@ -319,6 +319,7 @@ def _attention(block: Any, pack: bool, scale: Optional[Tensor] = None) -> nn.Mod
 
 
 _ONE_READER = (
+    biformer.BiLevelRoutingAttention,
     davit_fused.WindowAttention,
     davit_fused.ChannelAttention,
     stvit_swin.WindowAttention,
