@@ -1,80 +1,15 @@
-// The attention core: packed keys and values, blocks of queries, online softmax.
+// The attention core: blocks of queries, online softmax.
 //
-// It knows nothing of grids, regions or windows. Keys arrive in packed blocks (pack_group), and a QueryBlock
-// visits as many of them, in any order, as its addressing policy names.
-//
-// Packed layout of a block: its keys in groups of g <= lanes, each group a panel [units of head_dim][g], so
-// that one vector holds G = lanes / g units of g keys; after the panels the values, as rows [key][value_dim
-// padded to a vector], two keys to a row where they are multiplied in pairs. Blocks of few keys thus waste no
-// lanes, and need not be merged first.
+// It knows nothing of grids, regions or windows. Keys arrive in packed blocks (packed_keys.h), and a
+// QueryBlock visits as many of them, in any order, as its addressing policy names.
 #pragma once
 
-#include "panels.h"
+#include "packed_keys.h"
 
 namespace vitrail::VITRAIL_ISA {
 
 constexpr int kRows = 4;        // query rows per micro-kernel
 constexpr int kKeyBlock = 128;  // keys scored before they are weighed: in packed form they fit L1 or L2
-
-// Keys per panel: a power of two from four lanes to a whole vector, which `keys` keys fill best.
-template <class T>
-VITRAIL_INLINE int group_size(int64_t keys) {
-    int g = 4;
-    while (g < kLanes<T> && g < keys) g *= 2;
-    return g;
-}
-
-// The packed form of one head of one block of up to `keys` keys; sizes in numbers.
-template <class E, int G>
-struct BlockLayout {
-    using T = typename Product<E>::T;
-    static constexpr int kDepth = Product<E>::kDepth;
-    static constexpr int kGroup = kLanes<T> / G;
-
-    int64_t head_dim, value_dim, keys, units, panel, value_row;
-
-    VITRAIL_INLINE BlockLayout(int64_t head_dim, int64_t value_dim, int64_t keys)
-        : head_dim(head_dim),
-          value_dim(value_dim),
-          keys(keys),
-          units(round_up((head_dim + kDepth - 1) / kDepth, G)),
-          panel(units * kGroup * kDepth),
-          value_row(round_up(value_dim, kLanes<T>)) {}
-
-    VITRAIL_INLINE int64_t groups() const { return (keys + kGroup - 1) / kGroup; }
-    VITRAIL_INLINE int64_t values() const { return groups() * panel; }
-    VITRAIL_INLINE int64_t size() const { return values() + round_up(keys, kDepth) * value_row; }
-};
-
-// Packs keys [first, first + count) of a block, count <= kGroup, channels from `k_channel` and `v_channel`
-// on.
-template <class S, int G>
-VITRAIL_OUTLINE void pack_group(const BlockLayout<Packed<S>, G>& layout, const void* const* k,
-                                int64_t k_channel, const void* const* v, int64_t v_channel, int64_t first,
-                                int count, Packed<S>* block) {
-    using T = Compute<S>;
-    using E = Packed<S>;
-    constexpr int g = BlockLayout<E, G>::kGroup, depth = BlockLayout<E, G>::kDepth;
-    const auto at = [](const void* token, int64_t channel) {
-        return token ? static_cast<const S*>(token) + channel : nullptr;
-    };
-    E* const panel = block + first / g * layout.panel;
-    for (int key = 0; key < g; key += 4) {
-        const S* rows[4];
-        for (int i = 0; i < 4; ++i) rows[i] = key + i < count ? at(k[key + i], k_channel) : nullptr;
-        pack_four_columns<E>(rows, layout.head_dim, layout.units, reinterpret_cast<T*>(panel) + key, g);
-    }
-    E* row = block + layout.values() + first * layout.value_row;
-    for (int key = 0; key < count; key += depth, row += depth * layout.value_row) {
-        if constexpr (depth == 1) {
-            pack_row(at(v[key], v_channel), layout.value_dim, T(1), row, layout.value_row);
-        } else {
-            const S* const pair[2] = {at(v[key], v_channel),
-                                      key + 1 < count ? at(v[key + 1], v_channel) : nullptr};
-            pack_pair(pair, layout.value_dim, row, layout.value_row);
-        }
-    }
-}
 
 // Up to kQueryBlock query rows of one head, on their way through the blocks of keys that they may look at.
 // Scores are kept in units of log2.
@@ -87,6 +22,8 @@ class QueryBlock {
     static constexpr int kGroups = kKeyBlock / g;
     static constexpr int kScores = kKeyBlock + kTileVectors * g;
     static constexpr bool kPaired = P::kDepth > 1;
+    static constexpr int kSpare = BlockLayout<E, G>::kSpare;  // keys of a spare group, at most
+    static constexpr int kSpares = 4, kSpareRow = kSpare + 1 + kSpare % 2;
     using V = Vec<T, W>;
 
   public:
@@ -112,6 +49,7 @@ class QueryBlock {
         bias_ = bias;
         bias_row_ = bias_row;
         seen_ = 0;
+        started_ = false;
         const int padded = int(round_up(rows, kRows));
         for (int64_t i = rows * query_row_; i < padded * query_row_; ++i) q_[i] = E{};
         for (int r = 0; r < padded; ++r) {
@@ -120,20 +58,22 @@ class QueryBlock {
         }
     }
 
+    // The queries of the tokens, channels from `channel` on.
     template <class S>
-    VITRAIL_OUTLINE void load_query(int row, const S* from) {
-        E* const to = q_ + row * query_row_;
-        constexpr int chunk = W * P::kDepth;
-        for (int64_t c = 0; c < layout_.units * P::kDepth; c += chunk) {
-            const int64_t left = layout_.head_dim - c;
-            const int64_t count = left < chunk ? left : chunk;
+    VITRAIL_OUTLINE void load_queries(const void* const* tokens, int64_t channel) {
+        for (int row = 0; row < rows_; ++row) {
+            const S* const from = static_cast<const S*>(tokens[row]) + channel;
+            E* const to = q_ + row * query_row_;
             if constexpr (G == 1) {
-                load_units(from + c, count, to + c);
-            } else {
-                alignas(64) E units[chunk];
-                load_units(from + c, count, units);
-                repeat_units(units, layout_.units - c / P::kDepth, to + c * g,
-                             std::make_integer_sequence<int, g>());
+                pack_units(from, layout_.head_dim, scale_, to, query_row_ / P::kDepth);
+            } else {  // each unit once per key of a group, as the panels have it
+                for (int64_t c = 0; c < layout_.head_dim; c += W * P::kDepth) {
+                    alignas(64) E units[W * P::kDepth];
+                    const int64_t left = layout_.head_dim - c;
+                    pack_units(from + c, left < W * P::kDepth ? left : W * P::kDepth, scale_, units, W);
+                    repeat_units(units, layout_.units - c / P::kDepth, to + c * g,
+                                 std::make_integer_sequence<int, g>());
+                }
             }
         }
     }
@@ -144,8 +84,15 @@ class QueryBlock {
         for (int64_t first = 0; first < keys; first += g) {
             if (groups_ == kGroups) flush();
             const int count = keys - first < g ? int(keys - first) : g;
-            panel_[groups_] = block + first / g * layout_.panel;
-            values_[groups_] = values + first * layout_.value_row;
+            const E* const panel = block + first / g * layout_.panel;
+            const E* const value = values + first * layout_.value_row;
+            if (count <= kSpare) {
+                if (spares_ == kSpares) flush();
+                spare_[spares_++] = {panel, value, count, weight};
+                continue;
+            }
+            panel_[groups_] = panel;
+            values_[groups_] = value;
             count_[groups_] = count;
             if (weighted_) store(lane_weight_ + groups_ * g, broadcast<T, g>(weight));
             ++groups_;
@@ -154,7 +101,7 @@ class QueryBlock {
 
     // Takes the keys visited so far into the result; their packed form may then be overwritten.
     VITRAIL_INLINE void flush() {
-        if (groups_ > 0) attend();
+        if (groups_ + spares_ > 0) attend();
     }
     VITRAIL_OUTLINE void attend();
 
@@ -163,39 +110,31 @@ class QueryBlock {
         constexpr T ln2 = T(0.69314718055994530942);
         for (int row = 0; row < rows_; row += W) {
             const V sum = load(sum_ + row);
-            store(lse_ + row, (load(max_ + row) + log2_positive<T, W>(sum)) * ln2);
+            store(max_ + row, (load(max_ + row) + log2_positive<T, W>(sum)) * ln2);
             store(sum_ + row, T(1) / sum);
         }
     }
 
+    // Results, to tokens as well, and the log-sum-exps.
     template <class S>
-    VITRAIL_OUTLINE void store_output(int row, S* to) const {
-        const T* const from = out_ + row * layout_.value_row;
-        int64_t c = 0;
-        for (; c + W <= layout_.value_dim; c += W) narrow<W>(to + c, load(from + c) * sum_[row]);
-        for (; c < layout_.value_dim; c += 4)
-            narrow_some(to + c, load<T, 4>(from + c) * sum_[row], layout_.value_dim - c);
+    VITRAIL_OUTLINE void store_results(void* const* tokens, int64_t channel, void* const* lse,
+                                       int64_t head) const {
+        for (int row = 0; row < rows_; ++row) {
+            S* const to = static_cast<S*>(tokens[row]) + channel;
+            const T* const from = out_ + row * layout_.value_row;
+            int64_t c = 0;
+            for (; c + W <= layout_.value_dim; c += W) narrow<W>(to + c, load(from + c) * sum_[row]);
+            for (; c < layout_.value_dim; c += 4)
+                narrow_some(to + c, load<T, 4>(from + c) * sum_[row], layout_.value_dim - c);
+            static_cast<T*>(lse[row])[head] = max_[row];
+        }
     }
-
-    VITRAIL_INLINE T log_sum_exp(int row) const { return lse_[row]; }
 
   private:
     static constexpr T kLowest = sizeof(T) == 4 ? T(-3.4e38) : T(-1.7e308);
 
     VITRAIL_INLINE static int64_t query_row(const BlockLayout<E, G>& layout) {
-        return G == 1 ? round_up(layout.units, W) * P::kDepth : layout.panel;
-    }
-
-    // W units, of which `count` numbers exist.
-    template <class S>
-    VITRAIL_INLINE void load_units(const S* from, int64_t count, E* to) const {
-        if constexpr (kPaired) {
-            if (count == W * P::kDepth) return store(to, load<T, W>(reinterpret_cast<const T*>(from)));
-            store(to, V{});
-            __builtin_memcpy(to, from, count * sizeof(E));
-        } else {
-            pack_row(from, count, scale_, to, W);
-        }
+        return G == 1 ? layout.spare_row : layout.panel;
     }
 
     // Each unit once per key of a group, as the panels have it.
@@ -211,9 +150,11 @@ class QueryBlock {
     template <int R>
     VITRAIL_INLINE void attend_rows(int row) {
         const int lanes = groups_ * g;
+        V spare[kSpares * kSpare + 1];  // scores
         score<R>(q_ + row * query_row_);
         adjust<R>(row, lanes);
-        V rescale = soften<R>(row, int(round_up(lanes, W)));
+        if constexpr (kSpare > 0) score_spares<R>(row, spare);
+        const V rescale = soften<R>(row, int(round_up(lanes, W)), spare);
         T* const out = out_ + row * layout_.value_row;
         int64_t column = 0;
         if constexpr (kTileVectors >= 4)
@@ -271,6 +212,27 @@ class QueryBlock {
         }
     }
 
+    // Scores of spare keys: a vector each, whose lanes are rows.
+    template <int R>
+    VITRAIL_INLINE void score_spares(int row, V* spare) {
+        constexpr T log2_e = T(1.44269504088896340736);
+        int64_t lane = seen_ + groups_ * g;
+        for (int i = 0; i < spares_; ++i)
+            for (int key = 0; key < spare_[i].count; ++key, ++lane, ++spare) {
+                const E* const k = spare_[i].keys + key * query_row_;
+                V sum[kRows] = {};
+                for (int64_t c = 0; c < query_row_; c += W * P::kDepth)
+                    for (int r = 0; r < R; ++r)
+                        sum[r] = P::add(P::load_b(q_ + (row + r) * query_row_ + c), P::load_b(k + c), sum[r]);
+                V s = reduce_rows<T>(sum, Add());
+                if (kPaired) s *= scale_;
+                if (weighted_) s *= spare_[i].weight;
+                if (bias_)
+                    for (int r = 0; r < R; ++r) s[r] += bias_[(row + r) * bias_row_ + lane] * log2_e;
+                *spare = s;
+            }
+    }
+
     // What is not the same for all keys: weights, biases, and lanes without a key.
     template <int R>
     VITRAIL_INLINE void adjust(int row, int lanes) {
@@ -305,26 +267,36 @@ class QueryBlock {
     // Turns the scores of R rows into weights relative to the row's new maximum; returns what the outputs so
     // far must be multiplied by.
     template <int R>
-    VITRAIL_INLINE V soften(int row, int lanes) {
+    VITRAIL_INLINE V soften(int row, int lanes, const V* spare) {
         V top[kRows], total[kRows] = {};
         for (int r = 0; r < kRows; ++r) top[r] = broadcast(kLowest);
         for (int i = 0; i < lanes; i += W)
             for (int r = 0; r < R; ++r) top[r] = maximum(top[r], load(scores_[r] + i));
         const V before = load_rows<R>(max_ + row);
-        const V now = maximum(before, reduce_rows<T>(top, Max()));
+        V now = maximum(before, reduce_rows<T>(top, Max()));
+        if constexpr (kSpare > 0)
+            for (int i = 0, n = 0; i < spares_; ++i)
+                for (int key = 0; key < spare_[i].count; ++key) now = maximum(now, spare[n++]);
         for (int i = 0; i < lanes; i += W) {
             for (int r = 0; r < R; ++r) {
                 V p = exp2_negative<W>(load(scores_[r] + i) - broadcast(T(now[r])));
                 total[r] += p;
                 if (weighted_) p *= load(lane_weight_ + i);
-                if constexpr (kPaired)
-                    P::store_a(weights_[r] + i, p);
-                else
-                    store(scores_[r] + i, p);
+                store_weights(weights(r) + i, p);
             }
         }
         const V factor = exp2_negative<W>(before - now);
-        const V sums = load_rows<R>(sum_ + row) * factor + reduce_rows<T>(total, Add());
+        V sums = load_rows<R>(sum_ + row) * factor + reduce_rows<T>(total, Add());
+        if constexpr (kSpare > 0)
+            for (int i = 0; i < spares_; ++i)
+                for (int key = 0; key < spare_[i].count; ++key, ++spare) {
+                    V p = exp2_negative<W>(*spare - now);
+                    sums += p;
+                    if (weighted_) p *= spare_[i].weight;
+                    alignas(64) E rounded[W];
+                    store_weights(rounded, p);
+                    for (int r = 0; r < R; ++r) spare_weights_[i][r][key] = rounded[r];
+                }
         for (int r = 0; r < R; ++r) {
             max_[row + r] = now[r];
             sum_[row + r] = sums[r];
@@ -343,31 +315,55 @@ class QueryBlock {
     VITRAIL_INLINE void value_tile(T* out, int64_t column, V rescale) {
         const int64_t stride = layout_.value_row;
         V acc[R][N] = {};
-        if (seen_ > 0)
+        if (started_)
             for (int r = 0; r < R; ++r)
                 for (int j = 0; j < N; ++j) acc[r][j] = load(out + r * stride + column + j * W) * rescale[r];
         for (int group = 0; group < groups_; ++group) {
             const E* v = values_[group] + column * P::kDepth;
             const int count = count_[group];
-            for (int key = 0; key < count; key += P::kDepth, v += stride * P::kDepth) {
-                typename P::B x[N];
-                for (int j = 0; j < N; ++j) x[j] = P::load_b(v + j * W * P::kDepth);
-                for (int r = 0; r < R; ++r) {
-                    const typename P::A p = P::load_a(weight(r) + group * g + key);
-                    for (int j = 0; j < N; ++j) acc[r][j] = P::add(p, x[j], acc[r][j]);
-                }
-            }
+            for (int key = 0; key < count; key += P::kDepth, v += stride * P::kDepth)
+                add_value<R, N>(v, weights(0) + group * g + key, kScores, acc);
         }
+        if constexpr (kSpare > 0)
+            for (int i = 0; i < spares_; ++i) {
+                const E* v = spare_[i].values + column * P::kDepth;
+                for (int key = 0; key < spare_[i].count; key += P::kDepth, v += stride * P::kDepth)
+                    add_value<R, N>(v, spare_weights_[i][0] + key, kSpareRow, acc);
+            }
         for (int r = 0; r < R; ++r)
             for (int j = 0; j < N; ++j) store(out + r * stride + column + j * W, acc[r][j]);
     }
 
-    VITRAIL_INLINE const E* weight(int r) const {
+    // One key (or pair), whose weights lie `step` apart.
+    template <int R, int N>
+    VITRAIL_INLINE static void add_value(const E* v, const E* weights, int64_t step, V (&acc)[R][N]) {
+        typename P::B x[N];
+        for (int j = 0; j < N; ++j) x[j] = P::load_b(v + j * W * P::kDepth);
+        for (int r = 0; r < R; ++r) {
+            const typename P::A p = P::load_a(weights + r * step);
+            for (int j = 0; j < N; ++j) acc[r][j] = P::add(p, x[j], acc[r][j]);
+        }
+    }
+
+    // Weights are rounded to pairs, or take the place of the scores.
+    VITRAIL_INLINE static void store_weights(E* to, V p) {
+        if constexpr (kPaired)
+            P::store_a(to, p);
+        else
+            store(to, p);
+    }
+    VITRAIL_INLINE E* weights(int r) {
         if constexpr (kPaired)
             return weights_[r];
         else
             return scores_[r];
     }
+
+    struct Spare {
+        const E *keys, *values;
+        int count;
+        T weight;
+    };
 
     const BlockLayout<E, G> layout_;
     const T scale_;  // of queries, or of scores where queries are packed as they are
@@ -377,12 +373,15 @@ class QueryBlock {
     T* const out_;
     const T* bias_ = nullptr;
     int64_t bias_row_ = 0;
-    int rows_ = 0, groups_ = 0;
-    int64_t seen_ = 0;  // lanes before the current groups
+    int rows_ = 0, groups_ = 0, spares_ = 0;
+    int64_t seen_ = 0;      // lanes before the current groups
+    bool started_ = false;  // whether there are outputs
     const E* panel_[kGroups];
     const E* values_[kGroups];
     int count_[kGroups];
-    alignas(64) T max_[kQueryBlock], sum_[kQueryBlock], lse_[kQueryBlock];
+    Spare spare_[kSpares];
+    E spare_weights_[kSpares][kRows][kSpareRow] = {};
+    alignas(64) T max_[kQueryBlock], sum_[kQueryBlock];
     alignas(64) T scores_[kRows][kScores];
     alignas(64) E weights_[kPaired ? kRows : 1][kPaired ? kScores : 1];
     alignas(64) T lane_weight_[kScores];
@@ -395,51 +394,48 @@ void QueryBlock<E, G>::attend() {
     if (rows_ - row == 1) attend_rows<1>(row);
     if (rows_ - row > 1) attend_rows<kRows>(row);
     seen_ += groups_ * g;
-    groups_ = 0;
+    groups_ = spares_ = 0;
+    started_ = true;
 }
 
-// What is not inline is compiled once, in attention_kernel.cpp, for all operators. How storage types and
-// groupings (G) meet:
+// What is not inline is compiled once, in attention_kernel.cpp, for all operators: for these types and
+// groupings (G).
 #if defined(__AVX512F__)
-#define VITRAIL_GROUPINGS(M, S) M(S, 1) M(S, 2) M(S, 4)
-#define VITRAIL_GROUPINGS64(M, S) M(S, 1) M(S, 2)
+#define VITRAIL_GROUPINGS(M, S, ...) M(S, 1, __VA_ARGS__) M(S, 2, __VA_ARGS__) M(S, 4, __VA_ARGS__)
+#define VITRAIL_GROUPINGS64(M, S, ...) M(S, 1, __VA_ARGS__) M(S, 2, __VA_ARGS__)
 #elif defined(__AVX2__)
-#define VITRAIL_GROUPINGS(M, S) M(S, 1) M(S, 2)
-#define VITRAIL_GROUPINGS64(M, S) M(S, 1)
+#define VITRAIL_GROUPINGS(M, S, ...) M(S, 1, __VA_ARGS__) M(S, 2, __VA_ARGS__)
+#define VITRAIL_GROUPINGS64(M, S, ...) M(S, 1, __VA_ARGS__)
 #else
-#define VITRAIL_GROUPINGS(M, S) M(S, 1)
-#define VITRAIL_GROUPINGS64(M, S) M(S, 1)
+#define VITRAIL_GROUPINGS(M, S, ...) M(S, 1, __VA_ARGS__)
+#define VITRAIL_GROUPINGS64(M, S, ...) M(S, 1, __VA_ARGS__)
 #endif
-#define VITRAIL_ALL_GROUPINGS(M) \
-    VITRAIL_GROUPINGS(M, float)  \
-    VITRAIL_GROUPINGS(M, BFloat16) VITRAIL_GROUPINGS(M, Float16) VITRAIL_GROUPINGS64(M, double)
 
-#define VITRAIL_STORAGE_PARTS(S, G)                                                               \
-    template void pack_group<S, G>(const BlockLayout<Packed<S>, G>&, const void* const*, int64_t, \
-                                   const void* const*, int64_t, int64_t, int, Packed<S>*);        \
-    template void QueryBlock<Packed<S>, G>::load_query<S>(int, const S*);                         \
-    template void QueryBlock<Packed<S>, G>::store_output<S>(int, S*) const;
-#define VITRAIL_BLOCK_PARTS(E, G)             \
-    template void QueryBlock<E, G>::attend(); \
-    template void QueryBlock<E, G>::finish();
+#define VITRAIL_STORAGE_PARTS(S, G, ...)                                                              \
+    __VA_ARGS__ template void pack_group<S, G>(const BlockLayout<Packed<S>, G>&, const void* const*,  \
+                                               int64_t, const void* const*, int64_t, int64_t, int,    \
+                                               Packed<S>*);                                           \
+    __VA_ARGS__ template void QueryBlock<Packed<S>, G>::load_queries<S>(const void* const*, int64_t); \
+    __VA_ARGS__ template void QueryBlock<Packed<S>, G>::store_results<S>(void* const*, int64_t,       \
+                                                                         void* const*, int64_t) const;
+#define VITRAIL_BLOCK_PARTS(E, G, ...)                    \
+    __VA_ARGS__ template void QueryBlock<E, G>::attend(); \
+    __VA_ARGS__ template void QueryBlock<E, G>::finish();
 #if defined(__AVX512BF16__)
-#define VITRAIL_ALL_BLOCKS(M)   \
-    VITRAIL_GROUPINGS(M, float) \
-    VITRAIL_GROUPINGS(M, BFloat16) VITRAIL_GROUPINGS64(M, double)
+#define VITRAIL_BFLOAT16_BLOCKS(...) VITRAIL_GROUPINGS(VITRAIL_BLOCK_PARTS, BFloat16, __VA_ARGS__)
 #else
-#define VITRAIL_ALL_BLOCKS(M) VITRAIL_GROUPINGS(M, float) VITRAIL_GROUPINGS64(M, double)
+#define VITRAIL_BFLOAT16_BLOCKS(...)
 #endif
 
-#define VITRAIL_EXTERN_STORAGE_PARTS(S, G)                                                               \
-    extern template void pack_group<S, G>(const BlockLayout<Packed<S>, G>&, const void* const*, int64_t, \
-                                          const void* const*, int64_t, int64_t, int, Packed<S>*);        \
-    extern template void QueryBlock<Packed<S>, G>::load_query<S>(int, const S*);                         \
-    extern template void QueryBlock<Packed<S>, G>::store_output<S>(int, S*) const;
-#define VITRAIL_EXTERN_BLOCK_PARTS(E, G)             \
-    extern template void QueryBlock<E, G>::attend(); \
-    extern template void QueryBlock<E, G>::finish();
+#define VITRAIL_ATTENTION_PARTS(...)                                \
+    VITRAIL_GROUPINGS(VITRAIL_STORAGE_PARTS, float, __VA_ARGS__)    \
+    VITRAIL_GROUPINGS(VITRAIL_STORAGE_PARTS, BFloat16, __VA_ARGS__) \
+    VITRAIL_GROUPINGS(VITRAIL_STORAGE_PARTS, Float16, __VA_ARGS__)  \
+    VITRAIL_GROUPINGS64(VITRAIL_STORAGE_PARTS, double, __VA_ARGS__) \
+    VITRAIL_GROUPINGS(VITRAIL_BLOCK_PARTS, float, __VA_ARGS__)      \
+    VITRAIL_GROUPINGS64(VITRAIL_BLOCK_PARTS, double, __VA_ARGS__)   \
+    VITRAIL_BFLOAT16_BLOCKS(__VA_ARGS__)
 
-VITRAIL_ALL_GROUPINGS(VITRAIL_EXTERN_STORAGE_PARTS)
-VITRAIL_ALL_BLOCKS(VITRAIL_EXTERN_BLOCK_PARTS)
+VITRAIL_ATTENTION_PARTS(extern)
 
 }  // namespace vitrail::VITRAIL_ISA

@@ -42,67 +42,93 @@ class GradientBlock {
           scores_(v_columns_ + kGradientKeys * value_dim),
           weights_(scores_ + kGradientKeys * kQueryBlock) {}
 
-    // A query, its result, the gradient of that, and the log-sum-exp.
+    // Queries, their results, the gradients of those, and the log-sum-exps.
     template <class S>
-    VITRAIL_OUTLINE void load_query(int row, const S* q, const S* out, const S* grad, T lse) {
-        pack_row(q, head_dim_, scale_, q_ + row * row_, row_);
-        T* const to = grad_ + row * value_row_;
-        pack_row(grad, value_dim_, T(1), to, value_row_);
-        T sum = 0;
-        V sums = {};
-        int64_t c = 0;
-        for (; c + W <= value_dim_; c += W) sums += load(to + c) * widen<W>(out + c);
-        for (; c < value_dim_; c += 4) {
-            const Vec<T, 4> x = load<T, 4>(to + c) * widen_some(out + c, value_dim_ - c);
-            for (int i = 0; i < 4; ++i) sum += x[i];
+    VITRAIL_OUTLINE void load_queries(int rows, const void* const* q, int64_t q_channel,
+                                      const void* const* out, const void* const* grad, int64_t v_channel,
+                                      const void* const* lse, int64_t head) {
+        rows_ = rows;
+        for (int row = 0; row < rows; ++row) {
+            T* const to = grad_ + row * value_row_;
+            pack_row(static_cast<const S*>(q[row]) + q_channel, head_dim_, scale_, q_ + row * row_, row_);
+            pack_row(static_cast<const S*>(grad[row]) + v_channel, value_dim_, T(1), to, value_row_);
+            const S* const result = static_cast<const S*>(out[row]) + v_channel;
+            V sum = {};
+            int64_t c = 0;
+            for (; c + W <= value_dim_; c += W) sum += load(to + c) * widen<W>(result + c);
+            for (; c < value_dim_; c += 4) {
+                const Vec<T, 4> x = load<T, 4>(to + c) * widen_some(result + c, value_dim_ - c);
+                for (int i = 0; i < 4; ++i) sum[i] += x[i];
+            }
+            products_[row] = sum;
+            lse_[row] = static_cast<const T*>(lse[row])[head] * kLog2E;
         }
-        for (int i = 0; i < W; ++i) sum += sums[i];
-        product_[row] = sum;
-        lse_[row] = lse * kLog2E;
-        for (int64_t i = 0; i < row_; i += W) store(dq_ + row * row_ + i, V{});
+        for (int row = 0; row < rows; row += 4) {
+            const V four[4] = {products_[row], products_[row + 1], products_[row + 2], products_[row + 3]};
+            const V sums = reduce_rows<T>(four, Add());
+            for (int i = 0; i < 4; ++i) product_[row + i] = sums[i];
+        }
+        for (int64_t i = 0; i < rows * row_; i += W) store(dq_ + i, V{});
     }
 
     template <class S>
     VITRAIL_OUTLINE void load_keys(int count, const void* const* k, int64_t k_channel, const void* const* v,
                                    int64_t v_channel) {
-        const auto at = [&](const void* const* tokens, int i, int64_t channel) {
-            return i < count && tokens[i] ? static_cast<const S*>(tokens[i]) + channel : nullptr;
-        };
         keys_ = count;
-        for (int i = 0; i < count; ++i) pack_row(at(k, i, k_channel), head_dim_, T(1), k_ + i * row_, row_);
-        const int padded = int(round_up(count, W));
-        for (int i = 0; i < padded; i += 4) {
-            const S *k4[4], *v4[4];
+        for (int i = 0; i < count; ++i)
+            pack_row(channels<S>(k[i], k_channel), head_dim_, T(1), k_ + i * row_, row_);
+        for (int i = 0; i < count; i += 4) {
+            const S *k4[4], *v4[4];  // lanes without a key may hold anything
             for (int j = 0; j < 4; ++j) {
-                k4[j] = at(k, i + j, k_channel);
-                v4[j] = at(v, i + j, v_channel);
+                k4[j] = channels<S>(k[i + j < count ? i + j : i], k_channel);
+                v4[j] = channels<S>(v[i + j < count ? i + j : i], v_channel);
             }
             pack_four_columns<T>(k4, head_dim_, head_dim_, k_columns_ + i, kGradientKeys);
             pack_four_columns<T>(v4, value_dim_, value_dim_, v_columns_ + i, kGradientKeys);
         }
     }
 
-    // Gradients of `rows` queries and the keys that were loaded. `key_weights` has a number for each key, and
+    // Gradients of the queries and the keys that were loaded. `key_weights` has a number for each key, and
     // the sums of their gradients are added to `weight_grads`; `bias` has a row for each query. Null:
     // without.
-    VITRAIL_OUTLINE void run(int rows, const T* key_weights, T* weight_grads, const T* bias,
-                             int64_t bias_row);
+    VITRAIL_OUTLINE void run(const T* key_weights, T* weight_grads, const T* bias, int64_t bias_row);
 
-    // After run: the gradients of the scores of a query, and of a key and its value.
+    // After run: the gradients of the scores of a query.
     VITRAIL_INLINE const T* score_grads(int row) const { return scores_ + row * kGradientKeys; }
-    VITRAIL_INLINE const T* key_grads(int key) const { return dk_ + key * row_; }
-    VITRAIL_INLINE const T* value_grads(int key) const { return dv_ + key * value_row_; }
 
     template <class S>
-    VITRAIL_OUTLINE void store_query(int row, S* to) const {
-        const T* const from = dq_ + row * row_;
-        int64_t c = 0;
-        for (; c + W <= head_dim_; c += W) narrow<W>(to + c, load(from + c) * scale_);
-        for (; c < head_dim_; c += 4) narrow_some(to + c, load<T, 4>(from + c) * scale_, head_dim_ - c);
+    VITRAIL_OUTLINE void store_queries(void* const* tokens, int64_t channel) const {
+        for (int row = 0; row < rows_; ++row) {
+            S* const to = static_cast<S*>(tokens[row]) + channel;
+            const T* const from = dq_ + row * row_;
+            int64_t c = 0;
+            for (; c + W <= head_dim_; c += W) narrow<W>(to + c, load(from + c) * scale_);
+            for (; c < head_dim_; c += 4) narrow_some(to + c, load<T, 4>(from + c) * scale_, head_dim_ - c);
+        }
+    }
+
+    // Adds the gradients of keys and values to tokens; null: not wanted.
+    VITRAIL_OUTLINE void add_keys(void* const* dk, int64_t k_channel, void* const* dv,
+                                  int64_t v_channel) const {
+        for (int key = 0; key < keys_; ++key) {
+            if (dk[key]) add(dk_ + key * row_, head_dim_, static_cast<T*>(dk[key]) + k_channel);
+            if (dv[key]) add(dv_ + key * value_row_, value_dim_, static_cast<T*>(dv[key]) + v_channel);
+        }
     }
 
   private:
     static constexpr T kLog2E = T(1.44269504088896340736);
+
+    template <class S>
+    VITRAIL_INLINE static const S* channels(const void* token, int64_t channel) {
+        return token ? static_cast<const S*>(token) + channel : nullptr;
+    }
+
+    VITRAIL_INLINE static void add(const T* from, int64_t channels, T* to) {
+        int64_t c = 0;
+        for (; c + W <= channels; c += W) store(to + c, load(to + c) + load(from + c));
+        for (; c < channels; ++c) to[c] += from[c];
+    }
 
     // Turns scores and dP into dS and P, all of one row.
     template <bool kWeighted, bool kBiased>
@@ -120,20 +146,23 @@ class GradientBlock {
             }
             if constexpr (kBiased) x += load(bias + i);
             V weight = exp2_negative<W>(x * kLog2E - lse_[row]);
+            V ds = weight * ((kWeighted ? grad * w : grad) - product_[row]);
+            V dw = ds * score + weight * grad;
             if (keys_ - i < W) {
                 Vec<Bit, W> lane;
                 for (int j = 0; j < W; ++j) lane[j] = Bit(j);
-                weight = lane < Bit(keys_ - i) ? weight : V{};
+                const auto exists = lane < Bit(keys_ - i);
+                weight = exists ? weight : V{};
+                ds = exists ? ds : V{};
+                dw = exists ? dw : V{};
             }
             if constexpr (kWeighted) {
-                const V ds = weight * (grad * w - product_[row]);
-                store(weight_grads + i, load(weight_grads + i) + ds * score + weight * grad);
-                store(s + i, ds * w);
-                store(p + i, weight * w);
-            } else {
-                store(s + i, weight * (grad - product_[row]));
-                store(p + i, weight);
+                store(weight_grads + i, load(weight_grads + i) + dw);
+                ds *= w;
+                weight *= w;
             }
+            store(s + i, ds);
+            store(p + i, weight);
         }
     }
 
@@ -143,14 +172,16 @@ class GradientBlock {
     // scores and weights: [.][kGradientKeys].
     T *const q_, *const dq_, *const grad_, *const k_, *const dk_, *const dv_;
     T *const k_columns_, *const v_columns_, *const scores_, *const weights_;
-    int keys_ = 0;
+    int rows_ = 0, keys_ = 0;
+    alignas(64) V products_[kQueryBlock] = {};
     T product_[kQueryBlock], lse_[kQueryBlock];
 };
 
 template <class T>
-void GradientBlock<T>::run(int rows, const T* key_weights, T* weight_grads, const T* bias, int64_t bias_row) {
+void GradientBlock<T>::run(const T* key_weights, T* weight_grads, const T* bias, int64_t bias_row) {
     constexpr int64_t step = kGradientKeys;
     const int64_t vectors = (keys_ + W - 1) / W;
+    const int rows = rows_;
     multiply<T>(rows, vectors, {q_, row_, 1, k_columns_, step, head_dim_}, scores_, step, false);
     multiply<T>(rows, vectors, {grad_, value_row_, 1, v_columns_, step, value_dim_}, weights_, step, false);
     for (int r = 0; r < rows; ++r)
@@ -166,20 +197,24 @@ void GradientBlock<T>::run(int rows, const T* key_weights, T* weight_grads, cons
 }
 
 // What is not inline is compiled once, in attention_backward_kernel.cpp, for all operators.
-#define VITRAIL_GRADIENT_PARTS(S, EXTERN)                                                            \
-    EXTERN template void GradientBlock<Compute<S>>::load_query<S>(int, const S*, const S*, const S*, \
-                                                                  Compute<S>);                       \
-    EXTERN template void GradientBlock<Compute<S>>::load_keys<S>(int, const void* const*, int64_t,   \
-                                                                 const void* const*, int64_t);       \
-    EXTERN template void GradientBlock<Compute<S>>::store_query<S>(int, S*) const;
-#define VITRAIL_ALL_GRADIENTS(EXTERN)                                                                 \
-    VITRAIL_GRADIENT_PARTS(float, EXTERN)                                                             \
-    VITRAIL_GRADIENT_PARTS(double, EXTERN)                                                            \
-    VITRAIL_GRADIENT_PARTS(BFloat16, EXTERN)                                                          \
-    VITRAIL_GRADIENT_PARTS(Float16, EXTERN)                                                           \
-    EXTERN template void GradientBlock<float>::run(int, const float*, float*, const float*, int64_t); \
-    EXTERN template void GradientBlock<double>::run(int, const double*, double*, const double*, int64_t);
+#define VITRAIL_STORAGE_GRADIENTS(S, ...)                                                               \
+    __VA_ARGS__ template void GradientBlock<Compute<S>>::load_queries<S>(                               \
+        int, const void* const*, int64_t, const void* const*, const void* const*, int64_t,              \
+        const void* const*, int64_t);                                                                   \
+    __VA_ARGS__ template void GradientBlock<Compute<S>>::load_keys<S>(int, const void* const*, int64_t, \
+                                                                      const void* const*, int64_t);     \
+    __VA_ARGS__ template void GradientBlock<Compute<S>>::store_queries<S>(void* const*, int64_t) const;
+#define VITRAIL_BLOCK_GRADIENTS(T, ...)                                               \
+    __VA_ARGS__ template void GradientBlock<T>::run(const T*, T*, const T*, int64_t); \
+    __VA_ARGS__ template void GradientBlock<T>::add_keys(void* const*, int64_t, void* const*, int64_t) const;
+#define VITRAIL_GRADIENTS(...)                       \
+    VITRAIL_STORAGE_GRADIENTS(float, __VA_ARGS__)    \
+    VITRAIL_STORAGE_GRADIENTS(double, __VA_ARGS__)   \
+    VITRAIL_STORAGE_GRADIENTS(BFloat16, __VA_ARGS__) \
+    VITRAIL_STORAGE_GRADIENTS(Float16, __VA_ARGS__)  \
+    VITRAIL_BLOCK_GRADIENTS(float, __VA_ARGS__)      \
+    VITRAIL_BLOCK_GRADIENTS(double, __VA_ARGS__)
 
-VITRAIL_ALL_GRADIENTS(extern)
+VITRAIL_GRADIENTS(extern)
 
 }  // namespace vitrail::VITRAIL_ISA

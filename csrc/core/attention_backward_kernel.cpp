@@ -3,6 +3,6 @@
 
 namespace vitrail::VITRAIL_ISA {
 
-VITRAIL_ALL_GRADIENTS()
+VITRAIL_GRADIENTS()
 
 }  // namespace vitrail::VITRAIL_ISA

@@ -112,7 +112,7 @@ class BlockAttentionKernel {
             if (rows_ == 0) return;
             const int64_t k_channel = head * a_.head_dim, v_channel = head * a_.value_dim;
             queries_.begin(rows_, bias_row_ ? bias_ : nullptr, bias_row_);
-            for (int r = 0; r < rows_; ++r) queries_.load_query(r, static_cast<const S*>(q_[r]) + k_channel);
+            queries_.template load_queries<S>(q_, k_channel);
             int64_t n = 0;
             policy_.for_each_visit(image_, at_, [&](int64_t key_block, T weight, int64_t) {
                 const int64_t count = policy_.keys_in(key_block);
@@ -134,10 +134,7 @@ class BlockAttentionKernel {
             });
             queries_.flush();
             queries_.finish();
-            for (int r = 0; r < rows_; ++r) {
-                queries_.store_output(r, static_cast<S*>(out_[r]) + v_channel);
-                static_cast<T*>(lse_[r])[head] = queries_.log_sum_exp(r);
-            }
+            queries_.template store_results<S>(out_, v_channel, lse_, head);
         }
 
       private:

@@ -9,14 +9,6 @@
 
 namespace vitrail::VITRAIL_ISA {
 
-template <class T>
-VITRAIL_OUTLINE void add_to_token(const T* from, int64_t channels, T* to) {
-    constexpr int W = kLanes<T>;
-    int64_t c = 0;
-    for (; c + W <= channels; c += W) store(to + c, load(to + c) + load(from + c));
-    for (; c < channels; ++c) to[c] += from[c];
-}
-
 template <template <class> class PolicyFor, class S>
 class BlockGradientsKernel {
     using T = Compute<S>;
@@ -43,12 +35,16 @@ class BlockGradientsKernel {
         Scratch scratch(memory);
         Task task(a, gradients, policy, scratch);
         const int64_t units = policy.units(), blocks = policy.query_blocks() / units;
-        for (int64_t i = begin; i < end; ++i) {
+        for (int64_t i = begin; i < end;) {
+            // heads of one unit share their addresses; no sum has terms of two heads
             const int64_t image = i / a.heads / units, first = i / a.heads % units * blocks;
+            const int64_t head = i % a.heads;
+            const int64_t heads = end - i < a.heads - head ? end - i : a.heads - head;
             for (int64_t block = first; block < first + blocks; ++block) {
                 task.find(image, block);
-                task.run(i % a.heads);
+                for (int64_t j = head; j < head + heads; ++j) task.run(j);
             }
+            i += heads;
         }
     }
 
@@ -74,7 +70,6 @@ class BlockGradientsKernel {
               bias_(scratch.take<T>(bias_row_ * kQueryBlock)) {}
 
         VITRAIL_INLINE void find(int64_t image, int64_t block) {
-            if (image == image_ && block == at_) return;
             image_ = image;
             at_ = block;
             rows_ = policy_.queries(block, query_);
@@ -94,32 +89,23 @@ class BlockGradientsKernel {
         VITRAIL_OUTLINE void run(int64_t head) {
             if (rows_ == 0) return;
             const int64_t k_channel = head * a_.head_dim, v_channel = head * a_.value_dim;
-            for (int r = 0; r < rows_; ++r)
-                block_.template load_query<S>(
-                    r, static_cast<const S*>(q_[r]) + k_channel, static_cast<const S*>(out_[r]) + v_channel,
-                    static_cast<const S*>(grad_[r]) + v_channel, static_cast<const T*>(lse_[r])[head]);
+            block_.template load_queries<S>(rows_, q_, k_channel, out_, grad_, v_channel, lse_, head);
             begin(head);
             const int64_t parts = (count_ + kGradientKeys - 1) / kGradientKeys;
             for (int64_t part = 0; part < parts; ++part) {
                 const int64_t first = part_begin(count_, parts, part);
                 const int count = int(part_begin(count_, parts, part + 1) - first);
                 block_.template load_keys<S>(count, k_ + first, k_channel, v_ + first, v_channel);
-                block_.run(rows_, policy_.weighted() ? weights_ + first : nullptr, weight_grads_ + first,
+                block_.run(policy_.weighted() ? weights_ + first : nullptr, weight_grads_ + first,
                            bias_row_ ? bias_ + first : nullptr, bias_row_);
-                for (int i = 0; i < count; ++i) {
-                    T* const dk = static_cast<T*>(dk_[first + i]);
-                    T* const dv = static_cast<T*>(dv_[first + i]);
-                    if (dk) add_to_token(block_.key_grads(i), a_.head_dim, dk + k_channel);
-                    if (dv) add_to_token(block_.value_grads(i), a_.value_dim, dv + v_channel);
-                }
+                block_.add_keys(dk_ + first, k_channel, dv_ + first, v_channel);
                 if (bias_row_)  // what was added to these scores is no longer needed
                     for (int r = 0; r < rows_; ++r)
                         __builtin_memcpy(bias_ + r * bias_row_ + first, block_.score_grads(r),
                                          count * sizeof(T));
             }
             end(head);
-            for (int r = 0; r < rows_; ++r)
-                block_.template store_query<S>(r, static_cast<S*>(dq_[r]) + k_channel);
+            block_.template store_queries<S>(dq_, k_channel);
         }
 
       private:

@@ -94,6 +94,26 @@ VITRAIL_INLINE void pack_row(const S* row, int64_t channels, T scale, T* to, int
     }
 }
 
+// A row of `units` units (a multiple of a vector): numbers multiplied by `scale`, pairs as they are.
+template <class E, class S>
+VITRAIL_INLINE void pack_units(const S* row, int64_t channels, Compute<S> scale, E* to, int64_t units) {
+    if constexpr (Product<E>::kDepth == 1) {
+        pack_row(row, channels, scale, to, units);
+    } else {
+        using T = Compute<S>;
+        constexpr int chunk = kLanes<T> * Product<E>::kDepth;
+        for (int64_t c = 0; c < units * Product<E>::kDepth; c += chunk) {
+            const int64_t left = row ? channels - c : 0;
+            Vec<T, kLanes<T>> bits = {};
+            if (left >= chunk)
+                bits = load(reinterpret_cast<const T*>(row + c));
+            else if (left > 0)
+                __builtin_memcpy(&bits, row + c, left * sizeof(E));
+            store(to + c, bits);
+        }
+    }
+}
+
 // Two rows become one of pairs: (row 0, channel 0), (row 1, channel 0), (row 0, channel 1), ...
 VITRAIL_INLINE void pack_pair(const BFloat16* const (&rows)[2], int64_t channels, BFloat16* to,
                               int64_t width) {
