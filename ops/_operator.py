@@ -158,6 +158,10 @@ class Operator:
         on_cpu = grad.device.type == "cpu"
         if self._compiled and on_cpu and library.load() and self._has_backward():
             return self.backward_op(grad, *rest)
+        return self._differentiate(grad, *rest)
+
+    def _differentiate(self, grad, *rest):
+        """The gradients by way of the definition."""
         with _recording():
             args, leaves = self._leaves(rest[self._saved :])
             grads = iter(torch.autograd.grad(self.definition(*args), leaves, grad, materialize_grads=True))

@@ -105,7 +105,7 @@ class Checks {
 
     void contiguous_channels(const char* name, const Tensor& t) const {
         const int64_t last = t.dim() - 1;
-        if (t.stride(last) != 1 && t.size(last) > 1)
+        if (t.stride(last) != 1 && t.size(last) > 1 && t.numel() > 0)
             fail("the last dimension of ", name, " must be contiguous (stride 1), got stride ",
                  t.stride(last));
     }
@@ -114,13 +114,19 @@ class Checks {
         if (num_heads < 1) fail("num_heads must be at least 1, got ", num_heads);
     }
 
-    // A (B, H, W, C) grid whose channels `heads` divides, like `q` in dtype and batch.
-    void grid(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
+    // A (B, H, W, C) grid with contiguous channels.
+    void grid(const char* name, const Tensor& t) const {
         on_cpu(name, t);
         if (t.dim() != 4) fail(name, " must have 4 dimensions (B, H, W, C), got shape ", shape_of(t));
-        like(name, t, q, heads);
+        contiguous_channels(name, t);
         if (t.size(1) > kMaxExtent || t.size(2) > kMaxExtent)
             fail(name, " must be at most ", kMaxExtent, " tokens high and wide, got shape ", shape_of(t));
+    }
+
+    // The same, whose channels `heads` divides, like `q` in dtype and batch.
+    void grid(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
+        grid(name, t);
+        like(name, t, q, heads);
     }
 
     // A (B, N, C) row of tokens whose channels `heads` divides, like `q` in dtype and batch.
