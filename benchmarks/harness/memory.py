@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from torch.profiler import ProfilerActivity, profile
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr about what it finds no GPU for
 
 MIB = 2**20
-_LOOKS = 3
 _M_MMAP_THRESHOLD = -3  # of mallopt
 
 
@@ -50,10 +50,13 @@ def return_memory_at_once() -> None:
 
 def peak(run: Callable[[], object]) -> Peak:
     """The peaks of one run, after another that leaves behind what is kept for good."""
+    start = time.perf_counter()
     run()
+    # pages that the runtime happens to touch for the first time come on top of what is needed; of a long run they are
+    # few beside all others
+    looks = 3 if time.perf_counter() - start < 1 else 1
     allocated = _peak_allocated(run)
-    # pages that the runtime happens to touch for the first time come on top of what is needed
-    resident = [seen for seen in (_peak_resident(run) for _ in range(_LOOKS)) if seen is not None]
+    resident = [seen for seen in (_peak_resident(run) for _ in range(looks)) if seen is not None]
     return Peak(allocated, min(resident, default=None))
 
 
