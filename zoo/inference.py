@@ -116,7 +116,7 @@ class MlpBranch(_Folded):
     shift1: Tensor
     shift2: Tensor
 
-    def __init__(self, norm: nn.LayerNorm, mlp: Mlp, pack: bool, scale: Optional[Tensor] = None):
+    def __init__(self, norm: nn.LayerNorm, mlp: Any, pack: bool, scale: Optional[Tensor] = None):
         super().__init__(mlp.fc1, norm, pack)
         self.hidden_features = self.fold("1", mlp.fc1, norm)
         self.out_features = self.fold("2", mlp.fc2, scale=scale)
@@ -170,11 +170,11 @@ class ResponseMlp(_Folded):
 class AttentionBranch(nn.Module):
     """`x + scale * proj(attn(norm(x)))`, for an attention whose last layer is `proj`."""
 
-    def __init__(self, norm: nn.Module, attn: nn.Module, pack: bool, scale: Optional[Tensor] = None):
+    def __init__(self, norm: nn.Module, attn: Any, pack: bool, scale: Optional[Tensor] = None):
         super().__init__()
         self.norm = norm
-        self.attn: Any = attn
-        self.proj = FoldedLinear(self.attn.proj, pack, scale=scale)
+        self.attn = attn
+        self.proj = FoldedLinear(attn.proj, pack, scale=scale)
         self.attn.proj = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, norm.bias.detach().double() - mean.double() * scale
 
 
-def _channels_last(conv: nn.Conv2d) -> nn.Conv2d:
+def _channels_last(conv: Any) -> nn.Conv2d:
     """A depthwise convolution for channels-last maps."""
     own = biformer.DepthwiseConv(conv.in_channels, conv.kernel_size[0], device=conv.weight.device)
     own.weight, own.bias = conv.weight, conv.bias
