@@ -1,7 +1,6 @@
 """An operator at the shapes of one layer: its inputs, and everything that computes the same from them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -161,14 +160,3 @@ def count_macs(run: Run) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() // 2
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch's number of threads inside a `with` block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
