@@ -10,7 +10,7 @@ import pytest
 
 from vitrail.ops import library
 
-KERNEL_TESTS = Path(__file__).with_name("test_routed_attention.py")
+KERNEL_TESTS = sorted({*Path(__file__).parent.glob("test_*.py")} - {Path(__file__)})
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_the_kernel_touches_no_memory_but_its_own_and_is_well_defined(environmen
     # The sanitizer ends the process where an allocation fails, rather than let it be reported.
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not instruction_set and not too_large_for_memory"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(KERNEL_TESTS)],
+        [sys.executable, "-m", "pytest", *options, *map(str, KERNEL_TESTS)],
         env={**environment, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
