@@ -43,7 +43,7 @@ class RoutedRegions {
 
     VITRAIL_INLINE int64_t keys_in(int64_t) const { return k_.size; }
 
-    VITRAIL_OUTLINE void keys(int64_t block, int64_t first, int count, Key* to) const {
+    VITRAIL_OUTLINE void keys(int64_t block, int64_t first, int64_t count, Key* to) const {
         rectangle(k_, block).each(first, count, [&](int64_t i, int64_t y, int64_t x) {
             to[i] = {y, x, y < k_.grid_height && x < k_.grid_width ? 0 : 1};
         });

@@ -51,7 +51,7 @@ class Windows {
 
     VITRAIL_INLINE int64_t keys_in(int64_t block) const { return rectangle(block).size(); }
 
-    VITRAIL_OUTLINE void keys(int64_t block, int64_t first, int count, Key* to) const {
+    VITRAIL_OUTLINE void keys(int64_t block, int64_t first, int64_t count, Key* to) const {
         rectangle(block).each(first, count, [&](int64_t i, int64_t y, int64_t x) {
             to[i] = {y, x, y < grid_height_ && x < grid_width_ ? 0 : 1};
         });

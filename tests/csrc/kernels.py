@@ -1,4 +1,8 @@
-"""What the tests of the kernels share."""
+"""What the tests of the kernels share.
+
+Operators are called directly, past the checks and the autograd of the public function: what is tested is what the
+library does when nothing protects it.
+"""
 
 import os
 import subprocess
@@ -13,7 +17,53 @@ from vitrail.ops import library
 
 # Of results, relative to the values that were averaged.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# Of gradients, relative to the largest or to 1; half types round results, which gradients then start from.
+GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.float64: 3e-14, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 OTHER_CAPABILITIES = ("default", "avx2", "avx512")
+# Of properties; fewer where another instruction set runs them once more.
+EXAMPLES = 30 if "ATEN_CPU_CAPABILITY" in os.environ else 100
+
+
+def check_outputs(outputs: Sequence[Tensor], expected: Sequence[Tensor], v: Tensor) -> None:
+    """Results and log-sum-exps against those of a float64 definition."""
+    (out, lse), (want, want_lse) = outputs, expected
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    assert (out.dtype, lse.dtype) == (v.dtype, wide)
+    assert out.is_contiguous()
+    assert (out.shape, lse.shape) == (want.shape, want_lse.shape)
+    if out.numel() == 0:
+        return
+    # errors of single elements, relative to the values that were averaged
+    assert (out.double() - want).abs().max() <= TOLERANCE[v.dtype] * v.double().abs().max()
+    lse_tolerance = 1e-14 if v.dtype == torch.float64 else 3e-6
+    assert (lse.double() - want_lse).abs().max() <= lse_tolerance * max(1.0, want_lse.abs().max())
+
+
+def check_gradients(
+    name: str, arguments: Sequence, wanted: Sequence[int], definition: Callable, tolerance: float = 1.0
+) -> list[Tensor]:
+    """The backward operator against autograd through a float64 definition; `wanted`: arguments with gradients."""
+    out, lse = getattr(torch.ops.vitrail, name)(*arguments)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grad = grad.to(out.dtype)
+    gradients = getattr(torch.ops.vitrail, f"{name}_backward")(grad, out, lse, *arguments)
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+    leaves = [i for i in wanted if arguments[i] is not None]
+    for i in leaves:
+        wide[i] = wide[i].detach().requires_grad_()
+    with torch.enable_grad():
+        want = iter(torch.autograd.grad(definition(*wide)[0], [wide[i] for i in leaves], grad.double()))
+    for i, got in zip(wanted, gradients, strict=True):
+        if arguments[i] is None:
+            assert got.numel() == 0
+            continue
+        expected = next(want)
+        assert got.dtype == arguments[i].dtype
+        assert got.shape == expected.shape
+        if got.numel() > 0:
+            limit = tolerance * GRADIENT_TOLERANCE[out.dtype] * expected.abs().max().clamp(min=1.0)
+            assert (got.double() - expected).abs().max() <= limit, f"argument {i}"
+    return gradients
 
 
 def with_threads(call: Callable[[], Sequence[Tensor]]) -> None:

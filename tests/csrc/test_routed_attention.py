@@ -16,7 +16,15 @@ from torch import Tensor
 
 from vitrail.ops import library
 
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+from .kernels import (
+    EXAMPLES,
+    OTHER_CAPABILITIES,
+    TOLERANCE,
+    check_gradients,
+    check_outputs,
+    check_with,
+    with_threads,
+)
 
 
 @dataclass(frozen=True)
@@ -85,28 +93,23 @@ def definition(q, k, v, routes, weights, region, kv_region, heads, scale) -> tup
             for j, chosen in enumerate(routes[b, r].tolist()):
                 y, x = chosen // kv_across * kh, chosen % kv_across * kw
                 there = (b, slice(y, y + kh), slice(x, x + kw))
-                factor = 1.0 if weights is None else weights[b, r, j].item()
+                factor = q.new_ones(()) if weights is None else weights[b, r, j].double()
                 keys.append(k[there].reshape(kh * kw, heads, -1))
                 values.append(v[there].reshape(kh * kw, heads, -1) * factor)
                 factors += [factor] * (kh * kw)
             queries = q[here].unflatten(-1, (heads, -1))
-            scores = torch.einsum("yxhd,khd->yxhk", queries, torch.cat(keys)) * scale * q.new_tensor(factors)
+            scores = torch.einsum("yxhd,khd->yxhk", queries, torch.cat(keys)) * scale * torch.stack(factors)
             out[here] = torch.einsum("yxhk,khd->yxhd", scores.softmax(-1), torch.cat(values)).flatten(2)
             lse[here] = scores.logsumexp(-1)
     return out, lse
 
 
 def assert_matches(case: Case, arguments: list) -> None:
-    out, lse = fused(*arguments)
-    expected, expected_lse = definition(*arguments)
-    assert out.dtype == case.dtype
-    assert out.is_contiguous()
-    assert out.shape == expected.shape
-    assert lse.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
-    # errors of single elements, relative to the values that were averaged
-    assert (out.double() - expected).abs().max() <= TOLERANCE[case.dtype] * arguments[2].double().abs().max()
-    lse_tolerance = 1e-14 if case.dtype == torch.float64 else 3e-6
-    assert (lse.double() - expected_lse).abs().max() <= lse_tolerance * max(1.0, expected_lse.abs().max())
+    check_outputs(fused(*arguments), definition(*arguments), arguments[2])
+
+
+def assert_gradients_match(arguments: list, tolerance: float = 1.0) -> list[Tensor]:
+    return check_gradients("routed_attention", arguments, (0, 1, 2, 4), definition, tolerance)
 
 
 SHAPES = {
@@ -137,6 +140,13 @@ def test_matches_the_definition(shape, dtype, weighted):
     assert_matches(case, case.arguments())
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_gradients_match_the_definition(shape, dtype, weighted):
+    assert_gradients_match(replace(SHAPES[shape], dtype=dtype, weighted=weighted).arguments())
+
+
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 regions = st.tuples(st.integers(1, 9), st.integers(1, 9))
 cases = st.builds(
@@ -157,10 +167,11 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(cases, st.integers(0, 99))
 def test_matches_the_definition_for_any_sizes(case, seed):
     assert_matches(case, case.arguments(seed))
+    assert_gradients_match(case.arguments(seed), 4)
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
@@ -180,6 +191,7 @@ def test_any_strides_are_read_and_only_the_last_must_be_one():
     routes = routes.transpose(1, 2).contiguous().transpose(1, 2)
     weights = weights[:1].expand(2, -1, -1)
     assert_matches(case, [q, k, v, routes, weights, *rest])
+    assert_gradients_match([q, k, v, routes, weights, *rest])
 
 
 def test_large_scores_do_not_overflow():
@@ -245,9 +257,12 @@ def test_halves_of_every_kind_are_read_and_rounded_as_torch_does():
 
 
 @pytest.mark.parametrize("shape", ["BiFormer stage 1 at 64", "BiFormer stage 3", "values wider than keys"])
-def test_the_number_of_threads_does_not_change_a_bit(shape, assert_same_bits_on_any_number_of_threads):
-    arguments = replace(SHAPES[shape], batch=5).arguments()
-    assert_same_bits_on_any_number_of_threads(lambda: fused(*arguments))
+def test_the_number_of_threads_does_not_change_a_bit(shape):
+    case = replace(SHAPES[shape], batch=5)
+    arguments = case.arguments()
+    out, lse = fused(*arguments)
+    with_threads(lambda: fused(*arguments))
+    with_threads(lambda: torch.ops.vitrail.routed_attention_backward(out, out, lse, *arguments))
 
 
 def test_an_image_gives_the_same_bits_alone_and_in_a_batch():
@@ -265,13 +280,18 @@ def test_a_region_far_larger_than_the_grid_costs_nothing():
 
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"grid": (0, 7)}, {"topk": 0}], ids=str)
 def test_nothing_to_compute_is_no_error(empty):
-    case = replace(Case(), **empty)
+    case = replace(Case(weighted=True), **empty)
     out, lse = fused(*case.arguments())
     assert out.shape == (case.batch, *case.grid, 16)
     assert lse.shape == (case.batch, *case.grid, 2)
     if case.topk == 0:
         assert not out.any()
         assert (lse == -math.inf).all()
+    arguments = case.arguments()
+    gradients = torch.ops.vitrail.routed_attention_backward(out, out, lse, *arguments)
+    for x, gradient in zip((*arguments[:3], arguments[4]), gradients, strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()
 
 
 # --- wrong arguments ----------------------------------------------------------------------------------------
@@ -346,6 +366,31 @@ def test_a_wrong_argument_is_refused_by_name(message):
         fused(*_replaced(*WRONG[message]))
 
 
+WRONG_OUTPUTS = {
+    r"grad must have shape \(2, 9, 7, 16\), got \(1, 9, 7, 16\)": (0, lambda x: x[:1]),
+    "grad must be float32, got float64": (0, lambda x: x.double()),
+    "the last dimension of grad must be contiguous": (0, lambda x: x[..., :1].expand(-1, -1, -1, 16)),
+    r"out must have shape \(2, 9, 7, 16\), got \(2, 9, 7, 8\)": (1, lambda x: x[..., :8]),
+    "out must be float32, got bfloat16": (1, lambda x: x.bfloat16()),
+    r"lse must have shape \(2, 9, 7, 2\), got \(2, 9, 6, 2\)": (2, lambda x: x[:, :, 1:]),
+    "lse must be float32, got float64": (2, lambda x: x.double()),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_OUTPUTS)
+def test_what_the_backward_gets_is_checked_too(message):
+    arguments = Case().arguments()
+    out, lse = fused(*arguments)
+    position, change = WRONG_OUTPUTS[message]
+    saved = [out, out, lse]
+    saved[position] = change(saved[position])
+    with pytest.raises(RuntimeError, match=f"routed_attention_backward: {message}"):
+        torch.ops.vitrail.routed_attention_backward(*saved, *arguments)
+    arguments[3] = arguments[3] + 6
+    with pytest.raises(IndexError, match="routed_attention_backward: routes"):
+        torch.ops.vitrail.routed_attention_backward(out, out, lse, *arguments)
+
+
 @pytest.mark.parametrize(("position", "name"), [(1, "k"), (2, "v"), (3, "routes"), (4, "weights")])
 def test_tensors_elsewhere_are_refused(position, name):
     """A tensor without memory stands for any other device; the dispatcher is told to use the CPU kernel."""
@@ -367,5 +412,6 @@ def test_a_padded_region_too_large_for_memory_is_an_error_and_not_a_crash():
 # --- instruction sets ---------------------------------------------------------------------------------------
 
 
-def test_every_instruction_set_matches_the_definition(lesser_instruction_set):
-    """The tests above again: the fixture does it."""
+@pytest.mark.parametrize("capability", OTHER_CAPABILITIES)
+def test_every_instruction_set_matches_the_definition(capability):
+    check_with(capability, __file__)
