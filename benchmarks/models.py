@@ -114,7 +114,7 @@ def table(rows: list[Row]) -> Table:
         cells += [
             f"{row.iqr_seconds / row.seconds:.0%}",
             f"{row.parameters / 1e6:.2f}",
-            f"{row.macs / 1e9:.2f}",
+            f"{row.macs / row.batch / 1e9:.2f}",
         ]
         made.rows.append(cells)
     made.notes.append(
