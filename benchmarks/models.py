@@ -83,7 +83,7 @@ def measure(group: Group, batch: int, args: argparse.Namespace) -> list[Row]:
                 seconds=measured.median,
                 iqr_seconds=measured.iqr,
                 rounds=len(measured.times),
-                parameters=sum(p.numel() for p in candidate.model.parameters()),
+                parameters=group.parameters[candidate.name],
                 macs=macs,
                 gemm_gflops=2 * rate / 1e9,
                 efficiency=macs / measured.median / rate if candidate.dtype == dtype else None,
@@ -102,7 +102,7 @@ def table(rows: list[Row]) -> Table:
     ours = [name for name in (FUSED, INFERENCE) if any(name in row.as_long_as for row in rows)]
     headers = ["model", "candidate", "size", "batch", "ms", *(f"of {name}" for name in ours)]
     headers += ["efficiency", "spread", "params M", "GMAC an image"]
-    title = f"{first.kind}, {args_dtype(rows)}, {first.threads} threads"
+    title = f"{first.kind}, {args_dtype(rows)}, {first.threads} thread{'s' * (first.threads > 1)}"
     made = Table(f"{title}: milliseconds, and how many times as long as ours", headers, words=2)
     for row in rows:
         cells = [row.model, row.candidate, str(row.size), str(row.batch), milliseconds(row.seconds)]
@@ -114,7 +114,7 @@ def table(rows: list[Row]) -> Table:
         cells += [
             f"{row.iqr_seconds / row.seconds:.0%}",
             f"{row.parameters / 1e6:.2f}",
-            f"{row.macs / 1e9:.2f}",
+            f"{row.macs / row.batch / 1e9:.2f}",
         ]
         made.rows.append(cells)
     made.notes.append(

@@ -73,6 +73,8 @@ class Group:
     candidates: list[Candidate]
     macs: dict[str, int]
     """Multiply-accumulates of one image, by candidate."""
+    parameters: dict[str, int]
+    """By candidate; of the form for inference those of the model that it was made from."""
     same: dict[str, dict[str, Any]]
     """What shows that a candidate of others is the same network: parameters, MACs, error of the logits in float64."""
     missing: dict[str, str]
@@ -186,7 +188,7 @@ def build_group(
         PeerError: the authors' cannot be built.
         UnknownModelError, SizeError: there is no such model, or not at this size.
     """
-    group = Group(name, size, [], {}, {}, {})
+    group = Group(name, size, [], {}, {}, {}, {})
     if size != default_size(name)[0]:
         # what is the same network at one size is at another, where float64 or all that the authors keep may not fit
         group.same = _pair(name, default_size(name)[0], checkout, stock)[2]
@@ -197,6 +199,8 @@ def build_group(
     with use_ops("fused"), torch.no_grad():
         own = count_with_torch(ours, image)
         macs = {other: count_with_torch(model, image) for other, model in others.items()}
+    parameters = {what: sum(p.numel() for p in model.parameters()) for what, model in others.items()}
+    own_parameters = sum(p.numel() for p in ours.parameters())
     _add_ours(group, ours, dtype, training)
     for other, model in others.items():
         model = model.to(dtype)
@@ -204,7 +208,10 @@ def build_group(
         if compiled:
             compiled_model = torch.compile(copy.deepcopy(model))
             group.candidates.append(Candidate(f"{other}, compiled", compiled_model, dtype=dtype))
-    group.macs = {c.name: macs.get(c.name.removesuffix(", compiled"), own) for c in group.candidates}
+    for candidate in group.candidates:
+        what = candidate.name.removesuffix(", compiled")
+        group.macs[candidate.name] = macs.get(what, own)
+        group.parameters[candidate.name] = parameters.get(what, own_parameters)
     return group
 
 

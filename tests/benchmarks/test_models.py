@@ -91,6 +91,8 @@ def test_a_run_is_written_with_all_that_a_sceptic_wants(run, models, tmp_path):
         assert row["error"] < 1e-3
     assert rows["fused"]["as_long_as"]["fused"] == 1
     assert "efficiency: 2 x MACs / time" in result.out
+    shown = next(line.split()[-1] for line in result.out.splitlines() if "reference" in line)
+    assert float(shown) == round(rows["reference"]["macs"] / 2 / 1e9, 2)
 
 
 def test_a_step_of_training(run, models):
