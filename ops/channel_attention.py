@@ -43,6 +43,7 @@ _operator = AttentionOperator(
     _address,
     _collect,
     _shapes,
+    compiled=True,
 )
 reference = _operator.definition
 

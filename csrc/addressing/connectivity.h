@@ -48,7 +48,7 @@ class BasisRows {
                     Vec<T, 4> x[4] = {};
                     for (int i = 0; i < 4; ++i)
                         if (from[quad + i]) x[i] = entries(from[quad + i], r, c_.rows - r);
-                    transpose(x);
+                    transpose<T>(x);
                     for (int i = 0; i < 4 && r + i < c_.rows; ++i)
                         store(to + (r + i) * stride() + key + quad, x[i]);
                 }
@@ -69,18 +69,6 @@ class BasisRows {
         const Vec<T, 4> x = __builtin_convertvector(wide, Vec<T, 4>);
         const Vec<T, 4> magnitude = x < 0 ? -x : x;
         return magnitude <= T(c_.basis_threshold) ? Vec<T, 4>{} : magnitude;
-    }
-
-    VITRAIL_INLINE static void transpose(Vec<T, 4> (&x)[4]) {
-        constexpr std::make_integer_sequence<int, 4> quad;
-        const Vec<T, 4> even[2] = {every_other<T, 4, 1, 0>(x[0], x[1], quad),
-                                   every_other<T, 4, 1, 0>(x[2], x[3], quad)};
-        const Vec<T, 4> odd[2] = {every_other<T, 4, 1, 1>(x[0], x[1], quad),
-                                  every_other<T, 4, 1, 1>(x[2], x[3], quad)};
-        x[0] = every_other<T, 4, 1, 0>(even[0], even[1], quad);
-        x[1] = every_other<T, 4, 1, 0>(odd[0], odd[1], quad);
-        x[2] = every_other<T, 4, 1, 1>(even[0], even[1], quad);
-        x[3] = every_other<T, 4, 1, 1>(odd[0], odd[1], quad);
     }
 
     VITRAIL_INLINE int64_t token(int64_t image, int64_t key) const {

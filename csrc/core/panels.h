@@ -53,17 +53,10 @@ VITRAIL_INLINE void pack_four_columns(const S* const (&rows)[4], int64_t channel
                                       Compute<S>* to, int64_t step) {
     using T = Compute<S>;
     constexpr int depth = Product<E>::kDepth;
-    constexpr std::make_integer_sequence<int, 4> quad;
-    const auto block = [&](const Vec<T, 4>(&row)[4], int64_t u) {
-        const Vec<T, 4> even[2] = {every_other<T, 4, 1, 0>(row[0], row[1], quad),
-                                   every_other<T, 4, 1, 0>(row[2], row[3], quad)};
-        const Vec<T, 4> odd[2] = {every_other<T, 4, 1, 1>(row[0], row[1], quad),
-                                  every_other<T, 4, 1, 1>(row[2], row[3], quad)};
-        const Vec<T, 4> column[4] = {
-            every_other<T, 4, 1, 0>(even[0], even[1], quad), every_other<T, 4, 1, 0>(odd[0], odd[1], quad),
-            every_other<T, 4, 1, 1>(even[0], even[1], quad), every_other<T, 4, 1, 1>(odd[0], odd[1], quad)};
+    const auto block = [&](Vec<T, 4>(&row)[4], int64_t u) {
+        transpose<T>(row);
         for (int i = 0; i < 4; ++i)
-            if (u + i < units) store(to + (u + i) * step, column[i]);
+            if (u + i < units) store(to + (u + i) * step, row[i]);
     };
     int64_t u = 0;
     if (rows[0] && rows[1] && rows[2] && rows[3])

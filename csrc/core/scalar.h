@@ -85,11 +85,16 @@ VITRAIL_INLINE void narrow(double* to, Vec<double, N> v) {
 }
 
 template <int N>
-VITRAIL_INLINE void narrow(BFloat16* to, Vec<float, N> v) {
+VITRAIL_INLINE Vec<uint32_t, N> bfloat16_bits(Vec<float, N> v) {
     using Bits = Vec<uint32_t, N>;
     const Bits x = (Bits)v;
     const Bits rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
-    store_half_bits<N>(to, v == v ? rounded : Bits{} + 0x7fc0u);
+    return v == v ? rounded : Bits{} + 0x7fc0u;
+}
+
+template <int N>
+VITRAIL_INLINE void narrow(BFloat16* to, Vec<float, N> v) {
+    store_half_bits<N>(to, bfloat16_bits<N>(v));
 }
 
 // Values are rounded by adding a power of two whose last place is that of the half; halves below 2^-14

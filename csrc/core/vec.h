@@ -140,6 +140,19 @@ VITRAIL_INLINE Vec<T, N> fold(Vec<T, N> a, Vec<T, N> b, Op op) {
     return op(every_other<T, N, Block, 0>(a, b, lanes), every_other<T, N, Block, 1>(a, b, lanes));
 }
 
+template <class T>
+VITRAIL_INLINE void transpose(Vec<T, 4> (&x)[4]) {
+    constexpr std::make_integer_sequence<int, 4> quad;
+    const Vec<T, 4> even[2] = {every_other<T, 4, 1, 0>(x[0], x[1], quad),
+                               every_other<T, 4, 1, 0>(x[2], x[3], quad)};
+    const Vec<T, 4> odd[2] = {every_other<T, 4, 1, 1>(x[0], x[1], quad),
+                              every_other<T, 4, 1, 1>(x[2], x[3], quad)};
+    x[0] = every_other<T, 4, 1, 0>(even[0], even[1], quad);
+    x[1] = every_other<T, 4, 1, 0>(odd[0], odd[1], quad);
+    x[2] = every_other<T, 4, 1, 1>(even[0], even[1], quad);
+    x[3] = every_other<T, 4, 1, 1>(odd[0], odd[1], quad);
+}
+
 // Reduces each of four vectors to one number; lanes 0..3 of the result hold them.
 template <class T, class Op, int N = kLanes<T>>
 VITRAIL_INLINE Vec<T, N> reduce_rows(const Vec<T, N> (&v)[4], Op op) {

@@ -1,8 +1,6 @@
 // vitrail::region_route on the CPU: checks, memory, threads, and the choice itself.
 #include "region_route.h"
 
-#include <numeric>
-
 #include "regions_host.h"
 
 namespace vitrail {
@@ -18,35 +16,66 @@ void means_of(const Tensor& grid, Storage storage, const Regions& regions, void*
     });
 }
 
-// The largest first, as torch.topk has it: a number that is none is larger than all. Of equals the first.
 template <class T>
-void choose(const T* scores, int64_t count, int64_t topk, std::vector<int64_t>& order, int64_t* to) {
-    const auto before = [&](int64_t a, int64_t b) {
-        const T x = scores[a], y = scores[b];
-        const bool x_none = x != x, y_none = y != y;
-        if (x_none != y_none) return x_none;
-        if (x_none || x == y) return a < b;
-        return x > y;
-    };
-    order.resize(size_t(count));
-    std::iota(order.begin(), order.end(), 0);
-    std::partial_sort(order.begin(), order.begin() + topk, order.end(), before);
-    std::copy_n(order.begin(), topk, to);
+struct Choice {
+    T score;
+    int64_t region;
+};
+
+// As torch.topk has it: a number that is none is larger than all.
+template <class T>
+bool larger(T a, T b) {
+    return a > b || (a != a && b == b);
+}
+
+// The largest first, of equals the one with the lower number.
+template <class T>
+void choose(const T* scores, int64_t count, int64_t topk, std::vector<Choice<T>>& best, int64_t* to) {
+    constexpr int64_t kFew = 32;  // that are kept in order as numbers come
+    best.clear();
+    if (topk <= kFew) {
+        for (int64_t i = 0; i < count; ++i) {
+            if (int64_t(best.size()) == topk) {
+                if (!larger(scores[i], best.back().score)) continue;
+                best.pop_back();
+            }
+            size_t at = best.size();
+            best.push_back({});
+            for (; at > 0 && larger(scores[i], best[at - 1].score); --at) best[at] = best[at - 1];
+            best[at] = {scores[i], i};
+        }
+    } else {
+        for (int64_t i = 0; i < count; ++i) best.push_back({scores[i], i});
+        std::partial_sort(best.begin(), best.begin() + topk, best.end(), [](const auto& a, const auto& b) {
+            return larger(a.score, b.score) || (!larger(b.score, a.score) && a.region < b.region);
+        });
+    }
+    for (int64_t i = 0; i < topk; ++i) to[i] = best[i].region;
 }
 
 template <class T>
-void route(Storage storage, const void* q, const void* k, int64_t images, int64_t queries, int64_t keys,
+void route(Storage storage, const T* q, const T* k, int64_t images, int64_t queries, int64_t keys,
            int64_t channels, int64_t topk, int64_t* to) {
-    const int64_t work = std::max<int64_t>(keys * (channels + topk), 1);
-    parallel(images * queries, kGrain / work, [&](int64_t begin, int64_t end) {
-        std::vector<T> scores(static_cast<size_t>(keys));
-        std::vector<int64_t> order;
+    constexpr int64_t kRows = 24;  // query regions that are scored at a time
+    const RegionRouteKernels& kernels = VITRAIL_KERNELS(kRegionRoute);
+    const int64_t padded = (keys + kRegionPadding - 1) / kRegionPadding * kRegionPadding;
+    AlignedBuffer turned(images * padded * channels * int64_t(sizeof(T)));
+    parallel(images * padded / 4, kGrain / (4 * channels), [&](int64_t begin, int64_t end) {
+        kernels.turn(storage, k, keys, channels, turned.data, begin, end);
+    });
+    const int64_t blocks = (queries + kRows - 1) / kRows;
+    parallel(images * blocks, kGrain / (keys * (channels + topk)), [&](int64_t begin, int64_t end) {
+        std::vector<T> scores(static_cast<size_t>(kRows * padded));
+        std::vector<Choice<T>> best;
         for (int64_t i = begin; i < end; ++i) {
-            const T* of_image = static_cast<const T*>(k) + i / queries * keys * channels;
-            VITRAIL_KERNELS(kRegionRoute)
-                .scores(storage, static_cast<const T*>(q) + i * channels, of_image, channels, keys,
-                        scores.data());
-            choose(scores.data(), keys, topk, order, to + i * topk);
+            const int64_t image = i / blocks, first = i % blocks * kRows,
+                          rows = std::min(kRows, queries - first);
+            const int64_t query = image * queries + first;
+            kernels.scores(storage, q + query * channels, rows,
+                           static_cast<const T*>(turned.data) + image * padded * channels, keys, channels,
+                           scores.data());
+            for (int64_t r = 0; r < rows; ++r)
+                choose(scores.data() + r * padded, keys, topk, best, to + (query + r) * topk);
         }
     });
 }
@@ -71,8 +100,9 @@ Tensor region_route(const Tensor& q, const Tensor& k, int64_t topk, const Sizes&
     means_of(q, storage, of_q, q_means.data);
     means_of(k, storage, of_k, k_means.data);
     const auto run = [&](auto one) {
-        route<decltype(one)>(storage, q_means.data, k_means.data, q.size(0), of_q.count, of_k.count,
-                             q.size(3), topk, static_cast<int64_t*>(routes.mutable_data_ptr()));
+        using T = decltype(one);
+        route(storage, static_cast<const T*>(q_means.data), static_cast<const T*>(k_means.data), q.size(0),
+              of_q.count, of_k.count, q.size(3), topk, static_cast<int64_t*>(routes.mutable_data_ptr()));
     };
     storage == Storage::kFloat64 ? run(double()) : run(float());
     return routes;

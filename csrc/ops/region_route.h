@@ -5,12 +5,22 @@
 
 namespace vitrail {
 
+// Rows of scores are padded to a multiple of this, which whole vectors of any type and instruction set
+// divide.
+constexpr int64_t kRegionPadding = 16;
+
 struct RegionRouteKernels {
     // Means of the regions [begin, end) of all images, each `channels` numbers of the type of sums.
     void (*means)(Storage, const Grid&, const Regions&, int64_t channels, void* to, int64_t begin,
                   int64_t end);
-    // Products of one region's mean with `count` others, which lie one after the other.
-    void (*scores)(Storage, const void* query, const void* keys, int64_t channels, int64_t count, void* to);
+    // Turns the means of `count` regions to [channel][region, padded with zeros]: groups [begin, end) of four
+    // regions of all images.
+    void (*turn)(Storage, const void* means, int64_t count, int64_t channels, void* to, int64_t begin,
+                 int64_t end);
+    // Products of the means of `rows` regions with the turned means of `count` others; rows of them are
+    // padded.
+    void (*scores)(Storage, const void* means, int64_t rows, const void* turned, int64_t count,
+                   int64_t channels, void* to);
 };
 
 VITRAIL_DECLARE_KERNELS(RegionRouteKernels, kRegionRoute)

@@ -1,5 +1,5 @@
 // region_route for one instruction set. Compiled once per backend, with -DVITRAIL_ISA=<namespace>.
-#include "../core/scalar.h"
+#include "../core/panels.h"
 #include "region_route.h"
 
 namespace vitrail::VITRAIL_ISA {
@@ -13,6 +13,7 @@ template <class S>
 struct Kernel {
     using T = Compute<S>;
     static constexpr int W = kLanes<T>;
+    static_assert(kRegionPadding % W == 0);
 
     // Rows are summed first, so that sums are of few numbers of like size.
     static void mean(const Grid& grid, const Regions& r, int64_t image, int64_t region, int64_t channels,
@@ -47,20 +48,21 @@ struct Kernel {
             mean(grid, r, i / r.count, i % r.count, channels, to + i * channels);
     }
 
-    static T total(Vec<T, W> v) {
-        const Vec<T, W> rows[4] = {v, Vec<T, W>{}, Vec<T, W>{}, Vec<T, W>{}};
-        return reduce_rows<T>(rows, Add())[0];
+    static void turn(const T* means, int64_t count, int64_t channels, T* to, int64_t begin, int64_t end) {
+        const int64_t padded = round_up(count, kRegionPadding);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t image = i / (padded / 4), region = i % (padded / 4) * 4;
+            const T* rows[4] = {};
+            for (int n = 0; n < 4 && region + n < count; ++n)
+                rows[n] = means + (image * count + region + n) * channels;
+            pack_four_columns<T>(rows, channels, channels, to + image * channels * padded + region, padded);
+        }
     }
 
-    static void scores(const T* query, const T* keys, int64_t channels, int64_t count, T* to) {
-        for (int64_t i = 0; i < count; ++i, keys += channels) {
-            Vec<T, W> sum = {};
-            int64_t c = 0;
-            for (; c + W <= channels; c += W) sum += load(query + c) * load(keys + c);
-            T rest = 0;
-            for (; c < channels; ++c) rest += query[c] * keys[c];
-            to[i] = total(sum) + rest;
-        }
+    static void scores(const T* means, int64_t rows, const T* turned, int64_t count, int64_t channels,
+                       T* to) {
+        const int64_t padded = round_up(count, kRegionPadding);
+        multiply<T>(rows, padded / W, {means, channels, 1, turned, padded, channels}, to, padded, false);
     }
 };
 
@@ -85,16 +87,25 @@ void means(Storage storage, const Grid& grid, const Regions& regions, int64_t ch
     });
 }
 
-void scores(Storage storage, const void* query, const void* keys, int64_t channels, int64_t count, void* to) {
+void turn(Storage storage, const void* means, int64_t count, int64_t channels, void* to, int64_t begin,
+          int64_t end) {
     with_kernel(storage, [&](auto kernel) {
         using T = typename decltype(kernel)::T;
-        kernel.scores(static_cast<const T*>(query), static_cast<const T*>(keys), channels, count,
+        kernel.turn(static_cast<const T*>(means), count, channels, static_cast<T*>(to), begin, end);
+    });
+}
+
+void scores(Storage storage, const void* means, int64_t rows, const void* turned, int64_t count,
+            int64_t channels, void* to) {
+    with_kernel(storage, [&](auto kernel) {
+        using T = typename decltype(kernel)::T;
+        kernel.scores(static_cast<const T*>(means), rows, static_cast<const T*>(turned), count, channels,
                       static_cast<T*>(to));
     });
 }
 
 }  // namespace
 
-const RegionRouteKernels kRegionRoute = {means, scores};
+const RegionRouteKernels kRegionRoute = {means, turn, scores};
 
 }  // namespace vitrail::VITRAIL_ISA

@@ -106,9 +106,10 @@ Tensor strip_mix(const Tensor& x, const Tensor& weight, const std::optional<Tens
 void run(const StripMixGradients& a, double work) {
     const StripMixGradientsKernels& kernel = VITRAIL_KERNELS(kStripMixGradients);
     const StripMixGradientsPlan plan = kernel.plan(a);
+    AlignedBuffer sums(plan.sums);
     parallel(plan.tasks, grain_of(kMixGrain, work / double(plan.tasks)), [&](int64_t begin, int64_t end) {
         AlignedBuffer scratch(plan.scratch);
-        kernel.sum(a, scratch.data, begin, end);
+        kernel.sum(a, sums.data, scratch.data, begin, end);
     });
 }
 

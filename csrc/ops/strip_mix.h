@@ -44,12 +44,13 @@ struct StripMixGradients {
 };
 
 struct StripMixGradientsPlan {
-    int64_t scratch, tasks;
+    int64_t sums, scratch, tasks;
 };
 
 struct StripMixGradientsKernels {
     StripMixGradientsPlan (*plan)(const StripMixGradients&);
-    void (*sum)(const StripMixGradients&, void* scratch, int64_t begin, int64_t end);
+    // Each task has sums of its own; `scratch` belongs to the caller's thread.
+    void (*sum)(const StripMixGradients&, void* sums, void* scratch, int64_t begin, int64_t end);
 };
 
 VITRAIL_DECLARE_KERNELS(StripMixKernels, kStripMix)

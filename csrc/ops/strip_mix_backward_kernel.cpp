@@ -93,45 +93,25 @@ class Kernel {
           lanes_(a.groups),
           columns_(a.images * a.patches),
           parts_((a.length + kPart - 1) / kPart),
-          together_(a.strips < kStrips ? kStrips / a.strips : 1) {}
+          together_(a.strips < kStrips ? kStrips / a.strips : 1),
+          chunk_(together_ * lanes_.of(lanes_.sets() - 1).copies * kDepth) {}
 
     StripMixGradientsPlan plan() const {
-        const int64_t sums = (3 * kPart + 1) * a_.length * W + 4;
-        const int64_t packed = together_ * (a_.length * (a_.strips + 2) + kPart * a_.strips) * kRow;
-        return {sums * int64_t(sizeof(T)) + packed * int64_t(sizeof(P)) + 64, parts_ * lanes_.sets()};
+        const int64_t sums = lanes_.sets() * (3 * a_.length + 1) * a_.length * W + 4;
+        const int64_t packed = together_ * a_.length * (2 * a_.strips + 2) * kRow;
+        return {sums * int64_t(sizeof(T)), packed * int64_t(sizeof(P)), parts_ * lanes_.sets()};
     }
 
     // Sets run fastest: the last one has less to do.
-    void sum(void* scratch, int64_t begin, int64_t end) const {
-        P* const grad = static_cast<P*>(scratch);
-        P* const x = grad + together_ * a_.length * (a_.strips + 2) * kRow;
-        T* const sums = reinterpret_cast<T*>(x + together_ * kPart * a_.strips * kRow);
-        T* const bias = sums + 3 * a_.length * kPart * W;
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t set = task % lanes_.sets(), part = task / lanes_.sets();
-            const int64_t first = part * a_.length / parts_, last = (part + 1) * a_.length / parts_;
-            const bool direct = sizeof(S) == sizeof(T) && lanes_.full(set);
-            Sums<T> to = {sums, a_.length * kPart * W, kPart * W, W};
-            if (direct) {
-                T* weight = static_cast<T*>(a_.weight) + first * a_.groups + set * W;
-                to = {weight, a_.length * a_.length * a_.groups, a_.length * a_.groups, a_.groups};
+    void sum(void* sums, void* scratch, int64_t begin, int64_t end) const {
+        const int64_t sets = lanes_.sets();
+        for (int64_t column = 0; column < columns_; column += chunk_)
+            for (int64_t set = 0; set < sets; ++set) {
+                const int64_t first = begin > set ? (begin - set + sets - 1) / sets : 0;
+                const int64_t last = end > set ? (end - set + sets - 1) / sets : 0;
+                if (first < last) sum_chunk(set, first, last, column, sums, scratch);
             }
-            const int64_t vectors = lanes_.vectors(set, (columns_ + kDepth - 1) / kDepth);
-            for (int64_t v = 0; v < vectors; v += together_) {
-                const int64_t count = vectors - v < together_ ? vectors - v : together_;
-                pack(a_.grad, set, v, count, 0, a_.length, 1, grad);
-                pack(a_.x, set, v, count, first, last, 0, x);
-                sum_part({grad, count * (a_.strips + 2) * kRow}, {x, count * a_.strips * kRow}, last - first,
-                         count, to, v > 0);
-                if (part == 0 && a_.bias)
-                    sum_bias({grad, count * (a_.strips + 2) * kRow}, count, bias, v > 0);
-            }
-            if (!direct) store_weight(set, first, last, to);
-            if (part == 0 && a_.bias)
-                for (int64_t i = 0; i < a_.length; ++i)
-                    store_sums(lanes_.of(set), bias + i * W,
-                               static_cast<S*>(a_.bias) + i * a_.groups + set * W);
-        }
+        for (int64_t task = begin; task < end; ++task) store_part(task % sets, task / sets, sums);
     }
 
   private:
@@ -161,6 +141,46 @@ class Kernel {
         const int64_t image = index / a_.patches, channel = index % a_.patches * a_.groups + set * W;
         return {static_cast<const S*>(grid.data) + image * grid.image + first * grid.column + channel,
                 grid.row, grid.column};
+    }
+
+    // Parts [first, last) of a set: adds a chunk of columns to their sums.
+    VITRAIL_INLINE void sum_chunk(int64_t set, int64_t first, int64_t last, int64_t column, void* sums,
+                                  void* scratch) const {
+        P* const grad = static_cast<P*>(scratch);
+        P* const x = grad + together_ * a_.length * (a_.strips + 2) * kRow;
+        const int64_t width = lanes_.of(set).copies * kDepth, begin = place_of(first), end = place_of(last);
+        const int64_t left = columns_ - column < chunk_ ? columns_ - column : chunk_;
+        const int64_t vectors = (left + width - 1) / width;
+        for (int64_t v = 0; v < vectors; v += together_) {
+            const int64_t count = vectors - v < together_ ? vectors - v : together_;
+            const bool add = column + v > 0;
+            pack(a_.grad, set, column / width + v, count, 0, a_.length, 1, grad);
+            pack(a_.x, set, column / width + v, count, begin, end, 0, x);
+            const Strips<P> of_grad = {grad, count * (a_.strips + 2) * kRow};
+            Strips<P> of_x = {x, count * a_.strips * kRow};
+            for (int64_t part = first; part < last; ++part) {
+                const int64_t places = place_of(part + 1) - place_of(part);
+                sum_part(of_grad, of_x, places, count, sums_of(set, part, sums), add);
+                of_x.data += places * of_x.place;
+            }
+            if (first == 0 && a_.bias) sum_bias(of_grad, count, bias_of(set, sums), add);
+        }
+    }
+
+    int64_t place_of(int64_t part) const { return part * a_.length / parts_; }
+
+    // Where the sums of a part are kept: in the result, if it has their type and lanes are not summed.
+    Sums<T> sums_of(int64_t set, int64_t part, void* sums) const {
+        const int64_t place = place_of(part), size = a_.length * a_.length;
+        if (direct(set))
+            return {static_cast<T*>(a_.weight) + place * a_.groups + set * W, size * a_.groups,
+                    a_.length * a_.groups, a_.groups};
+        return {static_cast<T*>(sums) + (3 * set * size + place) * W, size * W, a_.length * W, W};
+    }
+    bool direct(int64_t set) const { return sizeof(S) == sizeof(T) && lanes_.full(set); }
+
+    T* bias_of(int64_t set, void* sums) const {
+        return static_cast<T*>(sums) + (3 * lanes_.sets() * a_.length + set) * a_.length * W;
     }
 
     VITRAIL_INLINE void sum_part(Strips<P> grad, Strips<P> x, int64_t places, int64_t vectors, Sums<T> sums,
@@ -207,14 +227,21 @@ class Kernel {
     static void set_one(T& x) { x = 1; }
     static void set_one(BFloat16& x) { x.bits = 0x3f80; }
 
-    VITRAIL_INLINE void store_weight(int64_t set, int64_t first, int64_t last, const Sums<T>& sums) const {
-        S* to = static_cast<S*>(a_.weight) + set * W;
-        for (int64_t tap = 0; tap < 3; ++tap)
-            for (int64_t i = 0; i < a_.length; ++i)
-                for (int64_t j = first; j < last; ++j)
-                    store_sums(lanes_.of(set),
-                               sums.data + tap * sums.tap + i * sums.to + (j - first) * sums.from,
-                               to + ((tap * a_.length + i) * a_.length + j) * a_.groups);
+    void store_part(int64_t set, int64_t part, void* sums) const {
+        const Lanes lanes = lanes_.of(set);
+        const Sums<T> from = sums_of(set, part, sums);
+        const int64_t first = place_of(part), last = place_of(part + 1), n = a_.length;
+        S* const to = static_cast<S*>(a_.weight) + set * W;
+        if (!direct(set))
+            for (int64_t tap = 0; tap < 3; ++tap)
+                for (int64_t i = 0; i < n; ++i)
+                    for (int64_t j = first; j < last; ++j)
+                        store_sums(lanes, from.data + tap * from.tap + i * from.to + (j - first) * from.from,
+                                   to + ((tap * n + i) * n + j) * a_.groups);
+        if (part == 0 && a_.bias)
+            for (int64_t i = 0; i < n; ++i)
+                store_sums(lanes, bias_of(set, sums) + i * W,
+                           static_cast<S*>(a_.bias) + i * a_.groups + set * W);
     }
 
     // The columns that a vector holds are summed at the end.
@@ -230,7 +257,8 @@ class Kernel {
 
     const StripMixGradients& a_;
     const GroupLanes<T> lanes_;
-    const int64_t columns_, parts_, together_;
+    const int64_t columns_, parts_, together_;  // together_: vectors of columns that are summed at a time
+    const int64_t chunk_;                       // columns that all sets visit before they go on
 };
 
 template <class Action>
@@ -251,8 +279,8 @@ StripMixGradientsPlan plan(const StripMixGradients& a) {
     return with_kernel(a, [](const auto& kernel) { return kernel.plan(); });
 }
 
-void sum(const StripMixGradients& a, void* scratch, int64_t begin, int64_t end) {
-    with_kernel(a, [&](const auto& kernel) { kernel.sum(scratch, begin, end); });
+void sum(const StripMixGradients& a, void* sums, void* scratch, int64_t begin, int64_t end) {
+    with_kernel(a, [&](const auto& kernel) { kernel.sum(sums, scratch, begin, end); });
 }
 
 }  // namespace

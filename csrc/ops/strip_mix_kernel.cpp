@@ -17,7 +17,7 @@ constexpr int kStrips = 7, kPlaces = 3;
 constexpr int kStrips = 4, kPlaces = 2;
 #endif
 
-// Of a vector of groups, that are used by one task after the other.
+// Of the weights of a vector of groups that one task after the other uses.
 constexpr int64_t kWeightBytes = int64_t(384) << 10;
 
 // Weights of one vector of groups; strides in elements, `from` is that of a row (of pairs).
@@ -159,9 +159,7 @@ class Kernel {
     }
 
     Weights<P> weights(const void* packed, int64_t set) const {
-        if constexpr (kAsTheyLie)
-            if (set < first_packed_)
-                return {static_cast<const P*>(a_.weight) + set * W, a_.tap, a_.to, a_.from};
+        if (set < first_packed_) return {static_cast<const P*>(a_.weight) + set * W, a_.tap, a_.to, a_.from};
         return {packed_weights(const_cast<void*>(packed), set), kRow, 3 * depth_ * kRow, 3 * kRow};
     }
 
@@ -208,18 +206,15 @@ class Kernel {
         const T* bias = static_cast<const T*>(packed) + (set * a_.length + place) * W;
         Weights<P> w = weights(packed, set);
         w.data += place * w.to;
+        const bool in_place = sizeof(S) == sizeof(T) && lanes_.full(set);
         const int64_t tiles = (end - place + kPlaces - 1) / kPlaces;
         for (int64_t t = 0; t < tiles; ++t) {
             const int places = int((end - place + tiles - t - 1) / (tiles - t));
-            bool done = false;
-            if constexpr (sizeof(S) == sizeof(T)) {
-                if (lanes_.full(set)) {
-                    S* out = column->out + column->first * a_.out.row + place * a_.out.column;
-                    mix_strips<P>(strips, places, block, w, depth_, bias, out, a_.out.row, a_.out.column);
-                    done = true;
-                }
-            }
-            if (!done) {
+            if (in_place) {
+                S* out = column->out + column->first * a_.out.row + place * a_.out.column;
+                mix_strips<P>(strips, places, block, w, depth_, bias, reinterpret_cast<T*>(out), a_.out.row,
+                              a_.out.column);
+            } else {
                 mix_strips<P>(strips, places, block, w, depth_, bias, tile, int64_t(kPlaces * W), int64_t(W));
                 for (int i = 0; i < lanes.copies; ++i)
                     store_tile(lanes, column[i], place, places, tile + i * lanes.width);
