@@ -21,9 +21,13 @@ from .sparse_attention import sparse_attention
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-def connectivity_logits(q: Tensor, compressed: Tensor, offset: Tensor, num_heads: int) -> Tensor:
+def connectivity_logits(
+    q: Tensor, compressed: Tensor, offset: Tensor, projection: Optional[Tensor], num_heads: int
+) -> Tensor:
     """Logits of the coefficients of the basis rows, `(B, heads, queries, n)`: what `connectivity_topk` takes."""
     queries, keys = split_heads(q.to(compressed.dtype), num_heads), split_heads(compressed, num_heads)
+    if projection is not None:
+        queries = F.linear(queries, projection)
     return queries @ keys.transpose(-2, -1) + offset.transpose(1, 2).unsqueeze(2)
 
 
@@ -43,6 +47,7 @@ def reference(
     v: Tensor,
     compressed: Tensor,
     offset: Tensor,
+    projection: Optional[Tensor],
     basis: Tensor,
     candidates: Optional[Tensor],
     num_keys: int,
@@ -58,7 +63,7 @@ def reference(
     """The definition in plain PyTorch; differentiable, traceable, and the body that export uses."""
     dtype = wide_dtype(q)
     queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    logits = connectivity_logits(queries[:, num_dense:].detach(), compressed, offset, num_heads)
+    logits = connectivity_logits(queries[:, num_dense:].detach(), compressed, offset, projection, num_heads)
     lists = choose(
         logits,
         basis,
@@ -80,20 +85,20 @@ def _fake(q, k, v, *_):
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
-def _check_values(q, k, v, compressed, offset, basis, candidates, *_) -> None:
+def _check_values(q, k, v, compressed, offset, projection, basis, candidates, *_) -> None:
     if candidates is not None:
         check_candidates_in_range(candidates, basis.shape[1])
 
 
 _operator = Operator(
     "connectivity_attention",
-    "Tensor q, Tensor k, Tensor v, Tensor compressed, Tensor offset, Tensor basis, Tensor? candidates, int num_keys, "
-    "int num_coefficients, float coefficient_threshold, float basis_threshold, float score_threshold, int num_dense, "
-    "int num_pruned, int num_heads, float scale",
+    "Tensor q, Tensor k, Tensor v, Tensor compressed, Tensor offset, Tensor? projection, Tensor basis, "
+    "Tensor? candidates, int num_keys, int num_coefficients, float coefficient_threshold, float basis_threshold, "
+    "float score_threshold, int num_dense, int num_pruned, int num_heads, float scale",
     reference,
     _fake,
     differentiable=("q", "k", "v"),
-    shared=("basis",),
+    shared=("projection", "basis"),
     check_values=_check_values,
     compiled=True,
 )
@@ -107,6 +112,7 @@ def _check(
     v: Tensor,
     compressed: Tensor,
     offset: Tensor,
+    projection: Optional[Tensor],
     num_dense: int,
     num_pruned: int,
     num_heads: int,
@@ -122,7 +128,13 @@ def _check(
         raise ValueError(f"k and v must hold the same tokens, got {tuple(k.shape)} and {tuple(v.shape)}")
     check_heads(num_heads, q, v)
     check_tokens("compressed", compressed)
-    check_parameter("compressed", compressed, (q.shape[0], compressed.shape[1], q.shape[2]), q)
+    width = q.shape[2] // num_heads
+    if projection is not None:
+        if projection.dim() != 2:
+            raise ValueError(f"projection must have shape (c, {width}), got {tuple(projection.shape)}")
+        check_parameter("projection", projection, (projection.shape[0], width), q)
+        width = projection.shape[0]
+    check_parameter("compressed", compressed, (q.shape[0], compressed.shape[1], num_heads * width), q)
     check_parameter("offset", offset, (q.shape[0], compressed.shape[1], num_heads), q)
     if not 0 <= num_dense <= q.shape[1]:
         raise ValueError(
@@ -149,6 +161,7 @@ def connectivity_attention(
     num_dense: int = 0,
     num_pruned: int = 0,
     scale: Optional[float] = None,
+    projection: Optional[Tensor] = None,
 ) -> Tensor:
     """Multi-head attention of every query to the keys that it chooses.
 
@@ -173,6 +186,9 @@ def connectivity_attention(
         num_pruned: keys of zeros, with values of zeros, that the dense queries attend to besides: each adds exp(0) to
             the sum of their softmax.
         scale: factor of the scores; default: (C / num_heads) ** -0.5.
+        projection: `(c, C / num_heads)`, any floating-point dtype: what the queries of every head go through before
+            they meet the compressed keys, which then have c channels per head, `(B, n, num_heads * c)`. Worth while
+            where there are many basis rows.
 
     Returns:
         `(B, Nq, Cv)`, contiguous, dtype of `q`.
@@ -192,6 +208,7 @@ def connectivity_attention(
             v,
             compressed.detach().to(dtype),
             offset.detach().to(dtype),
+            None if projection is None else projection.detach().to(dtype),
             basis.detach(),
             candidates,
             num_keys,
@@ -205,19 +222,33 @@ def connectivity_attention(
             scale,
         )
     settings = (num_keys, num_coefficients, coefficient_threshold, basis_threshold, score_threshold)
-    _check(q, k, v, compressed, offset, num_dense, num_pruned, num_heads)
+    _check(q, k, v, compressed, offset, projection, num_dense, num_pruned, num_heads)
     check_choice("q", q, compressed.shape[1], basis, *settings, candidates)
     tokens = basis.shape[1] if candidates is None else candidates.shape[1]
     if tokens != k.shape[1]:
         name = "basis" if candidates is None else "candidates"
         raise ValueError(f"{name} must have the tokens of k, {k.shape[1]}, got {tokens}")
     compressed, offset, basis = compressed.detach().to(dtype), offset.detach().to(dtype), basis.detach()
+    if projection is not None:
+        projection = projection.detach().to(dtype)
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _operator(
-            q, k, v, compressed, offset, basis, candidates, *settings, num_dense, num_pruned, num_heads, scale
+            q,
+            k,
+            v,
+            compressed,
+            offset,
+            projection,
+            basis,
+            candidates,
+            *settings,
+            num_dense,
+            num_pruned,
+            num_heads,
+            scale,
         )
     chooses = q[:, num_dense:]
-    logits = connectivity_logits(chooses.detach(), compressed, offset, num_heads)
+    logits = connectivity_logits(chooses.detach(), compressed, offset, projection, num_heads)
     thresholds = (basis_threshold, coefficient_threshold, score_threshold)
     keys = connectivity_topk(logits, basis, num_keys, num_coefficients, *thresholds, candidates)
     out = sparse_attention(chooses, k, v, keys, num_heads, scale)

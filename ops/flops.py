@@ -89,12 +89,27 @@ def connectivity_topk_macs(
 
 def _connectivity_attention(q: Shape, k: Shape, v: Shape, *args: Any) -> tuple[int, int]:
     """Of logits and choice; and how many pairs of a query and a key meet, all heads together."""
-    compressed, _, basis, candidates, num_keys, num_coefficients, _, _, _, num_dense, _, num_heads = args[:12]
+    (
+        compressed,
+        _,
+        projection,
+        basis,
+        candidates,
+        num_keys,
+        num_coefficients,
+        _,
+        _,
+        _,
+        num_dense,
+        _,
+        num_heads,
+    ) = args[:13]
     queries, rows = q[1] - num_dense, compressed[1]
     shape = (q[0], num_heads, queries, rows)
     choice = connectivity_topk_macs(shape, basis, candidates, num_keys, num_coefficients)
     pairs = q[0] * (queries * (num_keys or k[1]) + num_dense * k[1])
-    return q[0] * queries * rows * q[2] + choice, pairs
+    logits = rows * compressed[2] + (q[2] * projection[0] if projection else 0)  # of a query
+    return q[0] * queries * logits + choice, pairs
 
 
 def connectivity_attention_macs(q: Shape, k: Shape, v: Shape, *args: Any) -> int:

@@ -221,9 +221,11 @@ def _lists(call: Call, point: Point) -> Seen | None:
 def _choices(call: Call, point: Point) -> Seen | None:
     """The operator keeps no lists, so the choice is made once more."""
     a = call.arguments
-    logits = connectivity_logits(a["q"][:, a["num_dense"] :], a["compressed"], a["offset"], a["num_heads"])
+    logits = connectivity_logits(
+        a["q"][:, a["num_dense"] :], a["compressed"], a["offset"], a["projection"], a["num_heads"]
+    )
     names = ("num_keys", "num_coefficients", "basis_threshold", "coefficient_threshold", "score_threshold")
-    keys = connectivity_topk(logits, a["basis"], *(a[name] for name in names), candidates=a["candidates"])
+    keys = connectivity_topk(logits, a["basis"], **{name: a[name] for name in (*names, "candidates")})
     return _lists(replace(call, arguments={**a, "keys": keys}), point)
 
 

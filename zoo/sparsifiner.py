@@ -76,8 +76,9 @@ class ConnectivityPredictor(nn.Module):
         self.basis_coef_topk = basis_coef_topk
         self.basis_coef_threshold = basis_coef_threshold
         self.attn_score_threshold = attn_score_threshold
-        self.q_down = nn.Linear(head_dim, head_dim // reduce_c_factor, **dd)
-        self.k_down = nn.Linear(head_dim, head_dim // reduce_c_factor, **dd)
+        reduced = head_dim // reduce_c_factor
+        self.q_down = nn.Linear(head_dim, reduced, **dd)
+        self.k_down = nn.Linear(head_dim, reduced, **dd)
         self.token_down = nn.Parameter(torch.empty(num_tokens, num_basis, **dd))
         self.basis = None if share_inout_proj else nn.Parameter(torch.empty(num_tokens, num_basis, **dd))
         self.reset_parameters()
@@ -98,25 +99,36 @@ class ConnectivityPredictor(nn.Module):
         """The basis, `(num_basis, tokens)`."""
         return (self.token_down if self.basis is None else self.basis).t()
 
-    def compress(self, k: Tensor, tokens: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
-        """Compressed keys `(B, num_basis, C)`, whose products with queries, plus the offset `(B, num_basis, heads)`,
-        are the logits of the coefficients.
+    def compress(self, k: Tensor, tokens: Optional[Tensor] = None) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Compressed keys, offset and projection: the logits of the coefficients are the products of queries, after the
+        projection where there is one, with the compressed keys, plus the offset; see `connectivity_attention`.
+
+        All projections are linear. Where there are few basis rows, they act on the few compressed keys, and tokens stay
+        as they are; where there are many, tokens are projected first.
 
         Args:
             k: `(B, tokens, C)` with the class token in front, heads interleaved.
             tokens: `(B, tokens)` which tokens of the image these are, where some were pruned.
         """
         down = self.token_down.expand(k.shape[0], -1, -1) if tokens is None else self.token_down[tokens]
-        heads = [self.num_heads, k.shape[2] // self.num_heads]
-        # all projections are linear, so they act on the few compressed keys: tokens stay as they are
-        keys = F.linear((down.transpose(1, 2) @ k).unflatten(2, heads), self.k_down.weight)
+        reduced, width = self.k_down.weight.shape
+        heads = [self.num_heads, width]
+        tokens_first = self.token_down.shape[1] * (width - reduced) > width * reduced
+        if tokens_first:
+            k = F.linear(k.unflatten(2, heads), self.k_down.weight).flatten(2)
+            keys = (down.transpose(1, 2) @ k).unflatten(2, [self.num_heads, reduced])
+        else:
+            keys = F.linear((down.transpose(1, 2) @ k).unflatten(2, heads), self.k_down.weight)
         keys = (keys + down.sum(1)[:, :, None, None] * self.k_down.bias) * self.scale
-        return (keys @ self.q_down.weight).flatten(2), (keys * self.q_down.bias).sum(-1)
+        offset = (keys * self.q_down.bias).sum(-1)
+        if tokens_first:
+            return keys.flatten(2), offset, self.q_down.weight
+        return (keys @ self.q_down.weight).flatten(2), offset, None
 
     def logits(self, q: Tensor, k: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
         """Logits of the coefficients, `(B, heads, queries, num_basis)`, for queries and keys as in `forward`."""
-        compressed, offset = self.compress(k, tokens)
-        return connectivity_logits(q, compressed, offset, self.num_heads)
+        compressed, offset, projection = self.compress(k, tokens)
+        return connectivity_logits(q, compressed, offset, projection, self.num_heads)
 
     def forward(self, q: Tensor, k: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
         """The keys of every query, `(B, heads, queries, slots)`, -1 for an empty slot.
@@ -151,7 +163,7 @@ class ConnectivityPredictor(nn.Module):
                 code: each adds exp(0) to the sum.
             tokens: see `compress`.
         """
-        compressed, offset = self.compress(k.detach(), tokens)
+        compressed, offset, projection = self.compress(k.detach(), tokens)
         return connectivity_attention(
             q,
             k,
@@ -169,6 +181,7 @@ class ConnectivityPredictor(nn.Module):
             num_dense=1,
             num_pruned=num_pruned,
             scale=scale,
+            projection=projection,
         )
 
 

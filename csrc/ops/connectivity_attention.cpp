@@ -46,8 +46,8 @@ void run(const ConnectivityAttention& a, int64_t images) {
 }
 
 Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& compressed,
-                              const Tensor& offset, const Tensor& basis,
-                              const std::optional<Tensor>& candidates, int64_t num_keys,
+                              const Tensor& offset, const std::optional<Tensor>& projection,
+                              const Tensor& basis, const std::optional<Tensor>& candidates, int64_t num_keys,
                               int64_t num_coefficients, double coefficient_threshold, double basis_threshold,
                               double score_threshold, int64_t num_dense, int64_t num_pruned,
                               int64_t num_heads, double scale) {
@@ -62,7 +62,19 @@ Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v,
     kChecks.dtype("compressed", compressed, compute);
     if (compressed.dim() != 3)
         kChecks.fail("compressed must have 3 dimensions (B, n, C), got shape ", shape_of(compressed));
-    kChecks.shape("compressed", compressed, {q.size(0), compressed.size(1), q.size(2)});
+    a.compressed_dim = q.size(2) / num_heads;
+    std::optional<Tensor> whole_projection;
+    if (projection) {
+        kChecks.on_cpu("projection", *projection);
+        kChecks.dtype("projection", *projection, compute);
+        if (projection->dim() != 2 || projection->size(0) < 1 || projection->size(1) != a.compressed_dim)
+            kChecks.fail("projection must have shape (c, ", a.compressed_dim, ") with c at least 1, got ",
+                         shape_of(*projection));
+        a.compressed_dim = projection->size(0);
+        whole_projection = torch::stable::contiguous(*projection);
+        a.projection = whole_projection->const_data_ptr();
+    }
+    kChecks.shape("compressed", compressed, {q.size(0), compressed.size(1), num_heads * a.compressed_dim});
     kChecks.contiguous_channels("compressed", compressed);
     if (k.size(2) != q.size(2))
         kChecks.fail("k must have the channels of q, ", q.size(2), ", got ", k.size(2));
@@ -97,7 +109,8 @@ Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v,
     a.num_pruned = num_pruned;
     a.scale = scale;
     // in floating point because it may overflow: what is prepared of one image
-    const double packed = 16.0 * double(num_heads) * double(a.head_dim + a.value_dim + 64) *
+    const double packed = 16.0 * double(num_heads) *
+                          double(a.head_dim + a.value_dim + a.compressed_dim + 64) *
                           double(a.tokens + a.choice.rows + 64);
     if (packed > 0x1p62) kChecks.fail("k and v need ", packed, " bytes for one image's keys");
     Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});

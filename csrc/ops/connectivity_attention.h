@@ -10,7 +10,11 @@ struct ConnectivityAttention {
     Connectivity choice;
     Storage storage;
     Tokens q, k, v, out;
+    // In the type of computation. With a projection, queries go through it before they meet the compressed
+    // keys.
     Tokens compressed;                              // (image, basis row)
+    int64_t compressed_dim;                         // of a head
+    const void* projection;                         // (compressed channel, channel), contiguous; null: none
     const void* offset;                             // (image, basis row, head)
     int64_t offset_image, offset_row, offset_head;  // strides in elements
     int64_t queries, tokens, heads, head_dim, value_dim;

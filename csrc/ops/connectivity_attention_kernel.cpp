@@ -27,9 +27,12 @@ class Kernel {
           slots_(a.choice.num_keys > 0 ? a.choice.num_keys : a.choice.keys),
           logit_row_(Chooser<T>::logit_row(a.choice)),
           key_row_(whole_vectors<T>(a.head_dim)),
+          projected_row_(whole_vectors<T>(a.compressed_dim)),
           choosing_(a.queries - a.num_dense) {
         int64_t most = kListBytes / (int64_t(sizeof(int32_t)) * Block::list_row(slots_));
-        most = most < 8 ? 8 : most > kMaxChosen ? kMaxChosen : most;
+        most = most > kMaxChosen ? kMaxChosen : most;
+        const int64_t step = Block::rows_together(slots_);
+        most = most < step ? step : most / step * step;
         blocks_ = (choosing_ + most - 1) / most;
         together_ = blocks_ > 0 ? (choosing_ + blocks_ - 1) / blocks_ : 0;
         head_tasks_ = blocks_ + (a.num_dense > 0);
@@ -65,6 +68,7 @@ class Kernel {
 
     void attend(int64_t image, const T* basis, const T* packed, void* scratch, int64_t begin, int64_t end) {
         Scratch s(*this, scratch);
+        if (a_.projection) pack_projection(s.projection);
         Chooser<T> chooser(a_.choice, s.chooser);
         Block queries(a_.head_dim, a_.value_dim, slots_, s.block);
         for (int64_t task = begin; task < end; ++task) {
@@ -95,14 +99,17 @@ class Kernel {
         Scratch(const Kernel& k, void* memory) {
             T* free = static_cast<T*>(memory);
             q = {free, k.key_row_};
-            logits = {q[kLogitRows], k.logit_row_};
+            projected = {q[kLogitRows], k.projected_row_};
+            projection = projected[kLogitRows];
+            logits = {projection + k.a_.head_dim * k.projected_row_, k.logit_row_};
             lists = {reinterpret_cast<int32_t*>(logits[kLogitRows]), k.list_row()};
             counts = lists[k.list_rows()];
             chooser = counts + whole_vectors<float>(k.together_);
             block = static_cast<char*>(chooser) + Chooser<T>::scratch_size(k.a_.choice);
         }
 
-        Rows<T> q, logits;
+        Rows<T> q, projected, logits;
+        T* projection;  // (channel, compressed channel)
         Rows<int32_t> lists;
         int32_t* counts;
         void *chooser, *block;
@@ -119,13 +126,14 @@ class Kernel {
         const int64_t choosing = Block::scratch_size(a_.head_dim, a_.value_dim, slots_);
         const int64_t dense =
             a_.num_dense > 0 ? Block::scratch_size(a_.head_dim, a_.value_dim, a_.tokens) : 0;
-        return int64_t(sizeof(T)) * kLogitRows * (key_row_ + logit_row_) +
+        return int64_t(sizeof(T)) *
+                   (kLogitRows * (key_row_ + projected_row_ + logit_row_) + a_.head_dim * projected_row_) +
                int64_t(sizeof(int32_t)) * (list_rows() * list_row() + whole_vectors<float>(together_)) +
                Chooser<T>::scratch_size(a_.choice) + (dense > choosing ? dense : choosing);
     }
 
     // A matrix (channel, basis row) and a row of offsets.
-    int64_t compressed_size() const { return (a_.head_dim + 1) * logit_row_; }
+    int64_t compressed_size() const { return (a_.compressed_dim + 1) * logit_row_; }
     int64_t packed_size() const { return rows_.image_size() + a_.heads * compressed_size(); }
 
     template <class X = S>
@@ -137,25 +145,40 @@ class Kernel {
         T* const to = packed + head * compressed_size();
         for (int64_t i = 0; i < compressed_size(); ++i) to[i] = 0;
         for (int64_t r = 0; r < a_.choice.rows; ++r) {
-            const T* from = row<T>(a_.compressed, image, r, head * a_.head_dim);
-            for (int64_t c = 0; c < a_.head_dim; ++c) to[c * logit_row_ + r] = from[c];
-            to[a_.head_dim * logit_row_ + r] = static_cast<const T*>(
+            const T* from = row<T>(a_.compressed, image, r, head * a_.compressed_dim);
+            for (int64_t c = 0; c < a_.compressed_dim; ++c) to[c * logit_row_ + r] = from[c];
+            to[a_.compressed_dim * logit_row_ + r] = static_cast<const T*>(
                 a_.offset)[image * a_.offset_image + r * a_.offset_row + head * a_.offset_head];
         }
+    }
+
+    void pack_projection(T* to) const {
+        for (int64_t i = 0; i < a_.head_dim * projected_row_; ++i) to[i] = 0;
+        for (int64_t c = 0; c < a_.compressed_dim; ++c)
+            for (int64_t i = 0; i < a_.head_dim; ++i)
+                to[i * projected_row_ + c] = static_cast<const T*>(a_.projection)[c * a_.head_dim + i];
     }
 
     // Writes the lists of choosing queries [first, first + rows) to those of the task from `to` on.
     void choose(int64_t image, int64_t head, int64_t first, int rows, const T* packed, const T* basis,
                 Chooser<T>& chooser, const Scratch& s, int64_t to) const {
         const T* const compressed = packed + rows_.image_size() + head * compressed_size();
-        const T* const offset = compressed + a_.head_dim * logit_row_;
+        const T* const offset = compressed + a_.compressed_dim * logit_row_;
         for (int r = 0; r < rows; ++r) {
             widen_row(row(a_.q, image, a_.num_dense + first + r, head * a_.head_dim), a_.head_dim, T(1),
                       s.q[r]);
             for (int64_t i = 0; i < logit_row_; i += W) store(s.logits[r] + i, load(offset + i));
         }
-        const Factors<T> factors = {s.q.data, key_row_, 1, compressed, logit_row_, a_.head_dim};
-        multiply(rows, logit_row_ / W, factors, s.logits.data, logit_row_, true);
+        Rows<T> asking = s.q;
+        if (a_.projection) {
+            asking = s.projected;
+            multiply(rows, projected_row_ / W,
+                     Factors<T>{s.q.data, key_row_, 1, s.projection, projected_row_, a_.head_dim},
+                     asking.data, projected_row_, false);
+        }
+        multiply(rows, logit_row_ / W,
+                 Factors<T>{asking.data, asking.stride, 1, compressed, logit_row_, a_.compressed_dim},
+                 s.logits.data, logit_row_, true);
         for (int r = 0; r < rows; ++r) s.counts[to + r] = chooser.choose(s.logits[r], basis, s.lists[to + r]);
     }
 
@@ -183,7 +206,7 @@ class Kernel {
     const ConnectivityAttention& a_;
     const BasisRows<T> basis_;
     const HeadRows<S> rows_;
-    const int64_t slots_, logit_row_, key_row_;
+    const int64_t slots_, logit_row_, key_row_, projected_row_;
     const int64_t choosing_;  // queries
     int64_t blocks_, together_, head_tasks_;
 };

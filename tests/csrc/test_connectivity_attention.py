@@ -27,6 +27,7 @@ class Case:
     heads: int = 2
     head_dim: int = 8
     value_dim: int = 8
+    compressed_dim: int | None = None
     candidates: int | None = None
     num_keys: int = 11
     num_coefficients: int = 8
@@ -49,7 +50,11 @@ class Case:
         keys = self.candidates or self.tokens
         q, k, v = normal(self.batch, max(self.queries, keys), 2 * c + cv).split([c, c, cv], -1)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        compressed = normal(self.batch, self.rows, c).to(wide) / self.head_dim**0.5
+        width = self.compressed_dim or self.head_dim
+        compressed = normal(self.batch, self.rows, self.heads * width).to(wide) / width**0.5
+        projection = None
+        if self.compressed_dim is not None:
+            projection = normal(self.compressed_dim, self.head_dim).to(wide) / self.head_dim**0.5
         offset = normal(self.batch, self.heads, self.rows).to(wide).mT
         basis = normal(self.tokens, self.rows).t()
         candidates = None
@@ -57,7 +62,8 @@ class Case:
             lists = [torch.randperm(self.tokens, generator=g)[: self.candidates] for _ in range(self.batch)]
             candidates = torch.stack(lists)
         thresholds = (self.coefficient_threshold, self.basis_threshold, self.score_threshold)
-        tensors = [q[:, : self.queries], k[:, :keys], v[:, :keys], compressed, offset, basis, candidates]
+        q, k, v = q[:, : self.queries], k[:, :keys], v[:, :keys]
+        tensors = [q, k, v, compressed, offset, projection, basis, candidates]
         numbers = [self.num_keys, self.num_coefficients, *thresholds, self.num_dense, self.num_pruned]
         return [*tensors, *numbers, self.heads, self.scale]
 
@@ -75,14 +81,16 @@ def gap(x: Tensor, count: int) -> Tensor:
 
 
 def definition(
-    q, k, v, compressed, offset, basis, candidates, num_keys, num_coefficients, coefficient_threshold, basis_threshold,
+    q, k, v, compressed, offset, projection, basis, candidates, num_keys, num_coefficients, coefficient_threshold, basis_threshold,
     score_threshold, num_dense, num_pruned, heads, scale,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result in float64, and which queries' choice is clear: rounding may decide that of the others."""
     q, k, v, compressed = (
         x.double().unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v, compressed)
     )
-    logits = q @ compressed.mT + offset.double().mT[:, :, None]
+    logits = (q if projection is None else q @ projection.double().mT) @ compressed.mT + offset.double().mT[
+        :, :, None
+    ]
     coefficients = logits.softmax(-1)
     kept = coefficients > coefficient_threshold
     clear = (coefficients - coefficient_threshold).abs().amin(-1) > 1e-6 * (coefficient_threshold > 0)
@@ -130,6 +138,8 @@ SHAPES = {
     "many keys": Case(1, 300, 300, 50, 1, 16, 16, num_keys=75),
     "more queries than a task takes": Case(1, 150, 150, 19, 1, 8, 8),
     "pruned": Case(candidates=23, queries=23, num_pruned=18),
+    "projected queries": Case(compressed_dim=5),
+    "projected queries of Sparsifiner at 512": Case(1, 20, 65, 70, 2, 64, 64, 32, num_keys=17),
     "no dense query": Case(num_dense=0),
     "dense queries only": Case(num_dense=41),
     "more dense queries than a block holds": Case(queries=90, num_dense=80),
@@ -164,6 +174,7 @@ cases = st.builds(
     heads=st.integers(1, 3),
     head_dim=st.integers(4, 40),
     value_dim=st.integers(1, 40),
+    compressed_dim=st.sampled_from([None, 1, 19]),
     candidates=st.sampled_from([None, 20]),
     num_keys=st.integers(1, 20),
     num_coefficients=st.integers(0, 20),
@@ -181,15 +192,16 @@ def test_matches_the_definition_for_any_sizes(case, seed):
 
 
 def test_any_strides_are_read_and_only_the_last_must_be_one():
-    case = Case(candidates=23, queries=23)
-    q, k, v, compressed, offset, basis, candidates, *rest = case.arguments()
+    case = Case(candidates=23, queries=23, compressed_dim=5)
+    q, k, v, compressed, offset, projection, basis, candidates, *rest = case.arguments()
+    projection = projection.t().contiguous().t()
     q = q.transpose(0, 1).contiguous().transpose(0, 1)
     k = k[:1].expand(2, -1, -1)
     v = v.repeat_interleave(2, 1)[:, ::2]
     compressed = compressed.transpose(0, 1).contiguous().transpose(0, 1)
     offset = offset.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     for matrix in (basis, basis.contiguous()):
-        assert_matches(case, [q, k, v, compressed, offset, matrix, candidates, *rest])
+        assert_matches(case, [q, k, v, compressed, offset, projection, matrix, candidates, *rest])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -204,9 +216,9 @@ def test_what_is_not_a_number_stays_so_in_its_row_and_nowhere_else(bad):
     assert changed.sum() == 1
 
 
-@pytest.mark.parametrize("position", [3, 4, 5], ids=["compressed", "offset", "basis"])
+@pytest.mark.parametrize("position", [3, 4, 5, 6], ids=["compressed", "offset", "projection", "basis"])
 def test_a_choice_by_what_is_not_a_number_is_some_choice(position):
-    arguments = Case().arguments()
+    arguments = Case(compressed_dim=5).arguments()
     arguments[position] = torch.full_like(arguments[position], math.nan)
     assert fused(*arguments).isfinite().all()
 
@@ -221,7 +233,7 @@ def test_an_image_gives_the_same_bits_alone_and_in_a_batch():
     arguments = Case(batch=6, candidates=23, queries=23).arguments()
     out = fused(*arguments)
     for b in range(6):
-        alone = [x[b : b + 1] if i != 5 and isinstance(x, Tensor) else x for i, x in enumerate(arguments)]
+        alone = [x[b : b + 1] if i != 6 and isinstance(x, Tensor) else x for i, x in enumerate(arguments)]
         assert torch.equal(fused(*alone)[0], out[b])
 
 
@@ -243,7 +255,7 @@ def test_nothing_to_compute_is_no_error(empty):
 @pytest.mark.parametrize("bad", [-1, 41, 2**40, 2**32 + 3, -(2**63)])
 def test_a_candidate_out_of_range_is_refused(bad):
     arguments = Case(candidates=23, queries=23).arguments()
-    arguments[6][1, 13] = bad
+    arguments[7][1, 13] = bad
     with pytest.raises(
         IndexError, match=rf"candidates\[1, 13\] is {bad}, but the basis has 41 tokens: allowed are 0 to 40"
     ):
@@ -252,7 +264,7 @@ def test_a_candidate_out_of_range_is_refused(bad):
 
 def test_any_candidate_is_out_of_range_where_there_are_no_tokens():
     arguments = Case(candidates=23, queries=23).arguments()
-    arguments[5] = arguments[5][:, :0]
+    arguments[6] = arguments[6][:, :0]
     with pytest.raises(IndexError, match="the basis has 0 tokens"):
         fused(*arguments)
 
@@ -266,31 +278,38 @@ WRONG = {
     "v must have the batch size of q, 2, got 1": (2, lambda v: v[:1]),
     "compressed must be float32, got float64": (3, lambda compressed: compressed.double()),
     "compressed must have 3 dimensions": (3, lambda compressed: compressed[0]),
-    r"compressed must have shape \(2, 19, 16\), got \(2, 19, 14\)": (
+    r"compressed must have shape \(2, 19, 10\), got \(2, 19, 9\)": (
         3,
-        lambda compressed: compressed[..., :14],
+        lambda compressed: compressed[..., :9],
     ),
-    r"compressed must have shape \(2, 19, 16\), got \(1, 19, 16\)": (3, lambda compressed: compressed[:1]),
+    r"compressed must have shape \(2, 19, 10\), got \(1, 19, 10\)": (3, lambda compressed: compressed[:1]),
     "last dimension of compressed must be contiguous": (3, lambda compressed: compressed.mT.contiguous().mT),
     "offset must be float32, got bfloat16": (4, lambda offset: offset.bfloat16()),
     r"offset must have shape \(2, 19, 2\), got \(2, 18, 2\)": (4, lambda offset: offset[:, 1:]),
-    "basis must have one row per logit": (5, lambda basis: basis[1:]),
-    "candidates must be int32 or int64": (6, lambda candidates: candidates.to(torch.int16)),
-    "candidates must have the tokens of k, 23, got 22": (6, lambda candidates: candidates[:, 1:]),
-    "basis must have the tokens of k, 23, got 41": (6, lambda _: None),
-    "num_keys must lie between 0 and the number of keys, 23, got 24": (7, lambda _: 24),
-    "num_coefficients must not be negative, got -1": (8, lambda _: -1),
-    "num_dense must lie between 0 and the number of queries, 23, got 24": (12, lambda _: 24),
-    "num_dense must lie between 0 and the number of queries, 23, got -1": (12, lambda _: -1),
-    "num_pruned must not be negative, got -1": (13, lambda _: -1),
-    "num_heads must be at least 1, got 0": (14, lambda _: 0),
+    "projection must be float32, got float64": (5, lambda projection: projection.double()),
+    r"projection must have shape \(c, 8\) with c at least 1, got \(5, 7\)": (
+        5,
+        lambda projection: projection[:, 1:],
+    ),
+    r"projection must have shape .*, got \(0, 8\)": (5, lambda projection: projection[:0]),
+    r"compressed must have shape \(2, 19, 8\), got \(2, 19, 10\)": (5, lambda projection: projection[1:]),
+    "basis must have one row per logit": (6, lambda basis: basis[1:]),
+    "candidates must be int32 or int64": (7, lambda candidates: candidates.to(torch.int16)),
+    "candidates must have the tokens of k, 23, got 22": (7, lambda candidates: candidates[:, 1:]),
+    "basis must have the tokens of k, 23, got 41": (7, lambda _: None),
+    "num_keys must lie between 0 and the number of keys, 23, got 24": (8, lambda _: 24),
+    "num_coefficients must not be negative, got -1": (9, lambda _: -1),
+    "num_dense must lie between 0 and the number of queries, 23, got 24": (13, lambda _: 24),
+    "num_dense must lie between 0 and the number of queries, 23, got -1": (13, lambda _: -1),
+    "num_pruned must not be negative, got -1": (14, lambda _: -1),
+    "num_heads must be at least 1, got 0": (15, lambda _: 0),
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_a_wrong_argument_is_refused_by_name(message):
     position, change = WRONG[message]
-    arguments = Case(candidates=23, queries=23).arguments()
+    arguments = Case(candidates=23, queries=23, compressed_dim=5).arguments()
     arguments[position] = change(arguments[position])
     with pytest.raises(RuntimeError, match=f"^connectivity_attention: .*{message}"):
         fused(*arguments)
@@ -298,11 +317,19 @@ def test_a_wrong_argument_is_refused_by_name(message):
 
 @pytest.mark.parametrize(
     ("position", "name"),
-    [(1, "k"), (2, "v"), (3, "compressed"), (4, "offset"), (5, "basis"), (6, "candidates")],
+    [
+        (1, "k"),
+        (2, "v"),
+        (3, "compressed"),
+        (4, "offset"),
+        (5, "projection"),
+        (6, "basis"),
+        (7, "candidates"),
+    ],
 )
 def test_tensors_elsewhere_are_refused(position, name):
     """A tensor without memory stands for any other device; the dispatcher is told to use the CPU kernel."""
-    arguments = Case(candidates=23, queries=23).arguments()
+    arguments = Case(candidates=23, queries=23, compressed_dim=5).arguments()
     arguments[position] = arguments[position].to("meta")
     kernel = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     with pytest.raises(RuntimeError, match=f"{name} must be on the CPU"):

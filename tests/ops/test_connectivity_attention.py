@@ -11,17 +11,11 @@ from vitrail.ops import connectivity_attention, connectivity_topk, flops, sparse
 from vitrail.ops.connectivity_attention import connectivity_logits
 
 OP = torch.ops.vitrail.connectivity_attention.default
-CHOICE = (
-    "num_keys",
-    "num_coefficients",
-    "basis_threshold",
-    "coefficient_threshold",
-    "score_threshold",
-    "candidates",
-)
 
 
-def example(batch=2, tokens=9, heads=2, d=4, dv=3, n=6, alive=None, dtype=torch.float64, seed=0, **settings):
+def example(
+    batch=2, tokens=9, heads=2, d=4, dv=3, n=6, alive=None, c=None, dtype=torch.float64, seed=0, **settings
+):
     """Arguments with q, k, v as views of one packed projection, as the model passes them."""
     g = torch.Generator().manual_seed(seed)
 
@@ -34,7 +28,7 @@ def example(batch=2, tokens=9, heads=2, d=4, dv=3, n=6, alive=None, dtype=torch.
         "q": q,
         "k": k,
         "v": v,
-        "compressed": normal(batch, n, heads * d),
+        "compressed": normal(batch, n, heads * (c or d)),
         "offset": normal(batch, n, heads),
         "basis": normal(tokens, n).t(),
         "num_heads": heads,
@@ -43,6 +37,8 @@ def example(batch=2, tokens=9, heads=2, d=4, dv=3, n=6, alive=None, dtype=torch.
         "basis_threshold": 0.1,
         **settings,
     }
+    if c:
+        args["projection"] = normal(c, d)
     if alive:
         lists = [torch.randperm(tokens, generator=g)[:alive].sort().values for _ in range(batch)]
         args["candidates"] = torch.stack(lists)
@@ -50,11 +46,22 @@ def example(batch=2, tokens=9, heads=2, d=4, dv=3, n=6, alive=None, dtype=torch.
 
 
 def step_by_step(
-    q, k, v, compressed, offset, basis, num_heads, num_dense=0, num_pruned=0, scale=None, **choice
+    q,
+    k,
+    v,
+    compressed,
+    offset,
+    basis,
+    num_heads,
+    num_dense=0,
+    num_pruned=0,
+    scale=None,
+    projection=None,
+    **choice,
 ):
     """Choice, sparse attention, and attention of the dense queries, each by itself; all differentiable."""
     scale = (q.shape[2] // num_heads) ** -0.5 if scale is None else scale
-    logits = connectivity_logits(q[:, num_dense:].detach(), compressed, offset, num_heads)
+    logits = connectivity_logits(q[:, num_dense:].detach(), compressed, offset, projection, num_heads)
     keys = connectivity_topk(logits, basis, **choice)
     rest = sparse_attention(q[:, num_dense:], k, v, keys, num_heads, scale)
     # pruned tokens, as tokens of zeros
@@ -69,7 +76,7 @@ SETTINGS = [
     {"num_dense": 1},
     {"num_dense": 1, "alive": 6, "num_pruned": 3},
     {"num_dense": 9},
-    {"scale": 2.0},
+    {"scale": 2.0, "c": 3},
     {"score_threshold": 0.3, "num_dense": 1},
     {"coefficient_threshold": 0.1},
     {"num_coefficients": 0},
@@ -96,6 +103,7 @@ def test_it_is_the_choice_and_the_attention_in_one(mode, settings):
     n=st.integers(1, 6),
     num_dense=st.integers(0, 2),
     num_pruned=st.integers(0, 2),
+    c=st.sampled_from([None, 1, 3]),
     seed=st.integers(0, 99),
 )
 def test_any_shape(**shape):
@@ -152,7 +160,9 @@ def operands(args):
     """Of the operator itself."""
     scale = 0.5 if args.get("scale") is None else args["scale"]
     return (
-        *(args[n] for n in ("q", "k", "v", "compressed", "offset", "basis")),
+        *(args[n] for n in ("q", "k", "v", "compressed", "offset")),
+        args.get("projection"),
+        args["basis"],
         args.get("candidates"),
         args["num_keys"],
         args["num_coefficients"],
@@ -191,12 +201,12 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("settings", [SETTINGS[2], SETTINGS[5]], ids=str)
+@pytest.mark.parametrize("settings", [SETTINGS[2], SETTINGS[4], SETTINGS[5]], ids=str)
 def test_registrations_pass_opcheck(dtype, settings):
     args = operands(example(dtype=dtype, **settings))
-    wide = [x.float() for x in args[3:5]]
+    wide = [None if x is None else x.float() for x in args[3:6]]
     q, k, v = (x.detach().clone().requires_grad_() for x in args[:3])
-    torch.library.opcheck(OP, (q, k, v, *wide, *args[5:]))
+    torch.library.opcheck(OP, (q, k, v, *wide, *args[6:]))
 
 
 class Module(torch.nn.Module):
@@ -266,15 +276,17 @@ def test_autocast_computes_in_its_dtype(dtype, grad):
     assert (got - connectivity_attention(**args)).abs().amax(-1).median() < 2e-2
 
 
-def test_both_counters_count_the_choice_and_the_chosen_keys_alone():
+@pytest.mark.parametrize("c", [None, 3])
+def test_both_counters_count_the_choice_and_the_chosen_keys_alone(c):
     class Tensors(torch.nn.Module):
         def forward(self, *tensors):
-            names = ("q", "k", "v", "compressed", "offset", "basis", "candidates")
             return connectivity_attention(**args | dict(zip(names, tensors, strict=True)))
 
-    args = example(dtype=torch.float32, num_dense=1, alive=6, num_pruned=3)
-    tensors = (*(args[n] for n in ("q", "k", "v", "compressed", "offset", "basis")), args["candidates"])
-    logits, choice = 2 * 5 * 2 * 6 * 4, 2 * 5 * 2 * 3 * 6
+    args = example(dtype=torch.float32, num_dense=1, alive=6, num_pruned=3, c=c)
+    names = ("q", "k", "v", "compressed", "offset", "basis", "candidates", *(["projection"] if c else []))
+    tensors = tuple(args[n] for n in names)
+    logits = 2 * 5 * 2 * (3 * 4 + 6 * 3 if c else 6 * 4)
+    choice = 2 * 5 * 2 * 3 * 6
     pairs = 2 * 2 * (5 * 4 + 6)
     expected = logits + choice + pairs * (4 + 3)
     with FlopCounterMode(display=False) as counter:
@@ -297,6 +309,9 @@ BAD = {
     "heads": ({"num_heads": 3}, ValueError, r"num_heads must divide the channels of q \(8\) and of v \(6\), got 3"),
     "compressed of rank 2": ({"compressed": torch.zeros(6, 8)}, ValueError, "compressed must have 3 dimensions"),
     "compressed channels": ({"compressed": torch.zeros(2, 6, 6)}, ValueError, r"compressed must have shape \(2, 6, 8\), got \(2, 6, 6\)"),
+    "projection": ({"projection": torch.zeros(3, 5)}, ValueError, r"projection must have shape \(3, 4\), got \(3, 5\)"),
+    "projection of rank 3": ({"projection": torch.zeros(1, 3, 4)}, ValueError, r"projection must have shape \(c, 4\), got \(1, 3, 4\)"),
+    "compressed after projection": ({"projection": torch.zeros(3, 4)}, ValueError, r"compressed must have shape \(2, 6, 6\), got \(2, 6, 8\)"),
     "offset": ({"offset": torch.zeros(2, 6, 3)}, ValueError, r"offset must have shape \(2, 6, 2\), got \(2, 6, 3\)"),
     "no offset": ({"offset": None}, TypeError, r"offset must be a tensor of shape \(2, 6, 2\), got NoneType"),
     "offset elsewhere": ({"offset": torch.zeros(2, 6, 2, device="meta")}, ValueError, "offset is on meta but q is on cpu"),
