@@ -5,6 +5,7 @@ block of code.
 """
 
 from .channel_attention import channel_attention
+from .connectivity_attention import connectivity_attention
 from .connectivity_topk import connectivity_topk
 from .library import use_ops
 from .packed_linear import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
@@ -19,6 +20,7 @@ from . import flops  # isort: skip  (registers formulas of the operators above)
 
 __all__ = [
     "channel_attention",
+    "connectivity_attention",
     "connectivity_topk",
     "flops",
     "pack_weight",

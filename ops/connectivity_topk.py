@@ -60,7 +60,7 @@ def _kernel(logits, basis, candidates, *settings):
     if on_cpu and library.load():
         return torch.ops.vitrail.connectivity_topk(logits, basis, candidates, *settings)
     if candidates is not None and on_cpu:
-        _check_candidates_in_range(candidates, basis.shape[1])
+        check_candidates_in_range(candidates, basis.shape[1])
     return reference(logits, basis, candidates, *settings)
 
 
@@ -81,7 +81,8 @@ def _vmap(info, in_dims, *args):
 # --- the public function ----------------------------------------------------------------------------------------------
 
 
-def _check_candidates_in_range(candidates: Tensor, tokens: int) -> None:
+def check_candidates_in_range(candidates: Tensor, tokens: int) -> None:
+    """Every candidate names a token of the basis, else an IndexError. Reads values."""
     wrong = ((candidates < 0) | (candidates >= tokens)).nonzero()
     if len(wrong):
         at = wrong[0].tolist()
@@ -91,8 +92,19 @@ def _check_candidates_in_range(candidates: Tensor, tokens: int) -> None:
         )
 
 
-def _check(
-    logits: Tensor,
+def _check_tensor(name: str, x: Tensor, layout: str, dims: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(x).__name__}")
+    if x.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .to()")
+
+
+def check_choice(
+    ref_name: str,
+    ref: Tensor,
+    rows: int,
     basis: Tensor,
     num_keys: int,
     num_coefficients: int,
@@ -101,21 +113,15 @@ def _check(
     score_threshold: float,
     candidates: Optional[Tensor],
 ) -> None:
-    layouts = (("logits", logits, "(B, heads, queries, n)", 4), ("basis", basis, "(n, N)", 2))
-    for name, x, layout, dims in layouts:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(x).__name__}")
-        if x.dim() != dims:
-            raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(x.shape)}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .to()")
-    if basis.device != logits.device:
+    """The arguments that say how keys are chosen: `rows` basis rows for the images of `ref`, on its device."""
+    _check_tensor("basis", basis, "(n, N)", 2)
+    if basis.device != ref.device:
         raise ValueError(
-            f"basis is on {basis.device} but logits is on {logits.device}; move one of them with .to()"
+            f"basis is on {basis.device} but {ref_name} is on {ref.device}; move one of them with .to()"
         )
-    if basis.shape[0] != logits.shape[3] or basis.shape[0] < 1:
+    if basis.shape[0] != rows or rows < 1:
         raise ValueError(
-            f"basis must have one row per logit, {logits.shape[3]} (at least 1), got shape {tuple(basis.shape)}"
+            f"basis must have one row per logit, {rows} (at least 1), got shape {tuple(basis.shape)}"
         )
     tokens = basis.shape[1]
     if candidates is not None:
@@ -123,14 +129,14 @@ def _check(
             raise TypeError(
                 f"candidates must be int32 or int64, got {candidates.dtype}; convert it with .long()"
             )
-        if candidates.device != logits.device:
+        if candidates.device != ref.device:
             raise ValueError(
-                f"candidates is on {candidates.device} but logits is on {logits.device}; "
+                f"candidates is on {candidates.device} but {ref_name} is on {ref.device}; "
                 "move one of them with .to()"
             )
-        if candidates.dim() != 2 or candidates.shape[0] != logits.shape[0]:
+        if candidates.dim() != 2 or candidates.shape[0] != ref.shape[0]:
             raise ValueError(
-                f"candidates must have shape (batch {logits.shape[0]}, tokens), got {tuple(candidates.shape)}"
+                f"candidates must have shape (batch {ref.shape[0]}, tokens), got {tuple(candidates.shape)}"
             )
         tokens = candidates.shape[1]
     if not 0 <= num_keys <= tokens:
@@ -213,10 +219,11 @@ def connectivity_topk(
             basis_threshold,
             score_threshold,
         )
-    _check(logits, basis, *settings, candidates)
+    _check_tensor("logits", logits, "(B, heads, queries, n)", 4)
+    check_choice("logits", logits, logits.shape[3], basis, *settings, candidates)
     logits, basis = logits.detach(), basis.detach()
     if library.mode() == "reference":
         if candidates is not None and holds_values(candidates):
-            _check_candidates_in_range(candidates, basis.shape[1])
+            check_candidates_in_range(candidates, basis.shape[1])
         return reference(logits, basis, candidates, *settings)
     return torch.ops.vitrail.connectivity_topk(logits, basis, candidates, *settings)

@@ -124,6 +124,43 @@ def connectivity_topk_macs(
     return prod(logits[:3]) * min(num_coefficients or basis[0], basis[0]) * tokens
 
 
+def _connectivity_attention(q: Shape, k: Shape, v: Shape, *args: Any) -> tuple[int, int]:
+    """Of logits and choice; and how many pairs of a query and a key meet, all heads together."""
+    (
+        compressed,
+        _,
+        projection,
+        basis,
+        candidates,
+        num_keys,
+        num_coefficients,
+        _,
+        _,
+        _,
+        num_dense,
+        _,
+        num_heads,
+    ) = args[:13]
+    queries, rows = q[1] - num_dense, compressed[1]
+    shape = (q[0], num_heads, queries, rows)
+    choice = connectivity_topk_macs(shape, basis, candidates, num_keys, num_coefficients)
+    pairs = q[0] * (queries * (num_keys or k[1]) + num_dense * k[1])
+    logits = rows * compressed[2] + (q[2] * projection[0] if projection else 0)  # of a query
+    return q[0] * queries * logits + choice, pairs
+
+
+def connectivity_attention_macs(q: Shape, k: Shape, v: Shape, *args: Any) -> int:
+    """Logits, choice, and scores and values of the keys chosen, or of all keys for queries that do not choose."""
+    choice, pairs = _connectivity_attention(q, k, v, *args)
+    return choice + pairs * (q[2] + v[2])
+
+
+def connectivity_attention_backward_macs(grad: Shape, q: Shape, k: Shape, v: Shape, *args: Any) -> int:
+    """The choice and the scores again, then the gradients of queries, keys, values and attention."""
+    choice, pairs = _connectivity_attention(q, k, v, *args)
+    return choice + pairs * (3 * q[2] + 2 * v[2])
+
+
 def _attention_backward(forward: Callable[..., int]) -> Callable[..., int]:
     """Scores again, then the gradients of queries, keys (C each), values and attention (Cv each)."""
 
@@ -137,6 +174,8 @@ def _attention_backward(forward: Callable[..., int]) -> Callable[..., int]:
 _FORMULAS: dict[str, Callable[..., int]] = {
     "channel_attention": channel_attention_macs,
     "channel_attention_backward": _attention_backward(channel_attention_macs),
+    "connectivity_attention": connectivity_attention_macs,
+    "connectivity_attention_backward": connectivity_attention_backward_macs,
     "connectivity_topk": connectivity_topk_macs,
     "packed_grn_mlp": packed_grn_mlp_macs,
     "packed_grn_mlp_backward": _dense_backward(packed_grn_mlp_macs),

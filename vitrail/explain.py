@@ -26,7 +26,8 @@ from .export.capture import evaluation
 from .export.files import check_target, write_atomically
 from .export.images import load_image
 from .export.verify import default_size
-from .ops import library, use_ops
+from .ops import connectivity_topk, library, use_ops
+from .ops.connectivity_attention import connectivity_logits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -217,6 +218,17 @@ def _lists(call: Call, point: Point) -> Seen | None:
     return box, seen, words
 
 
+def _choices(call: Call, point: Point) -> Seen | None:
+    """The operator keeps no lists, so the choice is made once more."""
+    a = call.arguments
+    logits = connectivity_logits(
+        a["q"][:, a["num_dense"] :], a["compressed"], a["offset"], a["projection"], a["num_heads"]
+    )
+    names = ("num_keys", "num_coefficients", "basis_threshold", "coefficient_threshold", "score_threshold")
+    keys = connectivity_topk(logits, a["basis"], **{name: a[name] for name in (*names, "candidates")})
+    return _lists(replace(call, arguments={**a, "keys": keys}), point)
+
+
 def _centres(call: Call, point: Point) -> Seen:
     args = call.arguments
     q, k, own = args["q"][0], args["k"][0], args["own_k"][0]
@@ -272,6 +284,7 @@ def _dense(call: Call, point: Point) -> Seen | None:
 
 _READERS: dict[str, Callable[[Call, Point], Seen | None]] = {
     "semantic_attention": _centres,
+    "connectivity_attention": _choices,
     "sparse_attention": _lists,
     "routed_attention": _regions,
     "window_attention": _window,

@@ -32,12 +32,13 @@ from timm.models._input import update_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..ops import connectivity_topk, sparse_attention
+from ..ops import connectivity_attention, connectivity_topk
+from ..ops.connectivity_attention import connectivity_logits
 from .layers import check_img_size, check_patches
 from .sparsifiner_weights import ADVICE, cfg, checkpoint_filter_fn
 from .weights import build_model, resize_grid
 
-for _function in (connectivity_topk, sparse_attention):
+for _function in (connectivity_attention, connectivity_topk):
     register_notrace_function(_function)  # they check their arguments, which torch.fx cannot follow
 
 # --- which keys: the connectivity predictor ---------------------------------------------------------------------------
@@ -75,8 +76,9 @@ class ConnectivityPredictor(nn.Module):
         self.basis_coef_topk = basis_coef_topk
         self.basis_coef_threshold = basis_coef_threshold
         self.attn_score_threshold = attn_score_threshold
-        self.q_down = nn.Linear(head_dim, head_dim // reduce_c_factor, **dd)
-        self.k_down = nn.Linear(head_dim, head_dim // reduce_c_factor, **dd)
+        reduced = head_dim // reduce_c_factor
+        self.q_down = nn.Linear(head_dim, reduced, **dd)
+        self.k_down = nn.Linear(head_dim, reduced, **dd)
         self.token_down = nn.Parameter(torch.empty(num_tokens, num_basis, **dd))
         self.basis = None if share_inout_proj else nn.Parameter(torch.empty(num_tokens, num_basis, **dd))
         self.reset_parameters()
@@ -97,19 +99,41 @@ class ConnectivityPredictor(nn.Module):
         """The basis, `(num_basis, tokens)`."""
         return (self.token_down if self.basis is None else self.basis).t()
 
+    def compress(self, k: Tensor, tokens: Optional[Tensor] = None) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Compressed keys, offset and projection: the logits of the coefficients are the products of queries, after the
+        projection where there is one, with the compressed keys, plus the offset; see `connectivity_attention`.
+
+        All projections are linear. Where there are few basis rows, they act on the few compressed keys, and tokens stay
+        as they are; where there are many, tokens are projected first.
+
+        Args:
+            k: `(B, tokens, C)` with the class token in front, heads interleaved.
+            tokens: `(B, tokens)` which tokens of the image these are, where some were pruned.
+        """
+        down = self.token_down.expand(k.shape[0], -1, -1) if tokens is None else self.token_down[tokens]
+        reduced, width = self.k_down.weight.shape
+        heads = [self.num_heads, width]
+        tokens_first = self.token_down.shape[1] * (width - reduced) > width * reduced
+        if tokens_first:
+            k = F.linear(k.unflatten(2, heads), self.k_down.weight).flatten(2)
+            keys = (down.transpose(1, 2) @ k).unflatten(2, [self.num_heads, reduced])
+        else:
+            keys = F.linear((down.transpose(1, 2) @ k).unflatten(2, heads), self.k_down.weight)
+        keys = (keys + down.sum(1)[:, :, None, None] * self.k_down.bias) * self.scale
+        offset = (keys * self.q_down.bias).sum(-1)
+        if tokens_first:
+            return keys.flatten(2), offset, self.q_down.weight
+        return (keys @ self.q_down.weight).flatten(2), offset, None
+
     def logits(self, q: Tensor, k: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
         """Logits of the coefficients, `(B, heads, queries, num_basis)`, for queries and keys as in `forward`."""
-        down = self.token_down.expand(k.shape[0], -1, -1) if tokens is None else self.token_down[tokens]
-        heads = [self.num_heads, k.shape[2] // self.num_heads]
-        # all projections are linear, so they act on the few compressed keys: tokens stay as they are
-        keys = F.linear((down.transpose(1, 2) @ k).unflatten(2, heads), self.k_down.weight)
-        keys = (keys + down.sum(1)[:, :, None, None] * self.k_down.bias) * self.scale
-        offset = (keys * self.q_down.bias).sum(-1).transpose(1, 2).unsqueeze(2)
-        keys = (keys @ self.q_down.weight).permute(0, 2, 3, 1)
-        return q.unflatten(2, heads).transpose(1, 2) @ keys + offset
+        compressed, offset, projection = self.compress(k, tokens)
+        return connectivity_logits(q, compressed, offset, projection, self.num_heads)
 
     def forward(self, q: Tensor, k: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
         """The keys of every query, `(B, heads, queries, slots)`, -1 for an empty slot.
+
+        The network itself chooses and attends in one step, see `attend`; this is to look at the choice.
 
         Args:
             q: `(B, queries, C)` image tokens, heads interleaved.
@@ -125,6 +149,39 @@ class ConnectivityPredictor(nn.Module):
             coefficient_threshold=self.basis_coef_threshold,
             score_threshold=self.attn_score_threshold,
             candidates=tokens,
+        )
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, num_pruned: int, tokens: Optional[Tensor] = None
+    ) -> Tensor:
+        """Attention of the image tokens to the keys that they choose, and of the class token to all; `(B, tokens, C)`.
+
+        Args:
+            q, k, v: `(B, tokens, C)`, the class token first, heads interleaved.
+            scale: of the scores.
+            num_pruned: pruned tokens count in the class token's row with keys and values of zero, as in the authors'
+                code: each adds exp(0) to the sum.
+            tokens: see `compress`.
+        """
+        compressed, offset, projection = self.compress(k.detach(), tokens)
+        return connectivity_attention(
+            q,
+            k,
+            v,
+            compressed,
+            offset,
+            self.rows(),
+            self.num_heads,
+            num_keys=self.num_keys,
+            num_coefficients=self.basis_coef_topk,
+            basis_threshold=self.basis_threshold,
+            coefficient_threshold=self.basis_coef_threshold,
+            score_threshold=self.attn_score_threshold,
+            candidates=tokens,
+            num_dense=1,
+            num_pruned=num_pruned,
+            scale=scale,
+            projection=projection,
         )
 
 
@@ -160,9 +217,9 @@ class SparseAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def class_attention(self, q: Tensor, k: Tensor) -> Tensor:
-        """Attention of the class token, `(B, heads, 1, tokens)`.
+        """Attention of the class token, `(B, heads, 1, tokens)`, by which tokens are pruned.
 
-        Pruned tokens count with keys and values of zero, as in the authors' code: each adds exp(0) to the sum.
+        Tokens pruned before count with keys of zero.
         """
         scores = _split(q[:, :1] * self.scale, self.num_heads) @ _split(k, self.num_heads).transpose(-2, -1)
         if self.num_pruned == 0:
@@ -172,14 +229,12 @@ class SparseAttention(nn.Module):
     def attend(self, x: Tensor, tokens: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
         """The result, and the attention of the class token."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        keys = self.predictor(q[:, 1:], k, tokens)
-        attention = self.class_attention(q, k)
-        first = (attention @ _split(v, self.num_heads)).transpose(1, 2).flatten(2)
-        rest = sparse_attention(q[:, 1:], k, v, keys, self.num_heads, self.scale)
-        return self.proj_drop(self.proj(torch.cat([first, rest], dim=1))), attention
+        y = self.predictor.attend(q, k, v, self.scale, self.num_pruned, tokens)
+        return self.proj_drop(self.proj(y)), self.class_attention(q, k)
 
     def forward(self, x: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
-        return self.attend(x, tokens)[0]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj_drop(self.proj(self.predictor.attend(q, k, v, self.scale, self.num_pruned, tokens)))
 
     def reconstruct(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Dense attention: its result, the predictor's approximation of it, and itself (the image tokens' rows).

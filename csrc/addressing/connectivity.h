@@ -147,12 +147,13 @@ class Chooser {
             logits[i] = -T(__builtin_inf());
             logits_[i] = kLeast<T>;
         }
-        I above[2] = {};
+        AboveCounter<T> above[2] = {AboveCounter<T>(logit_cut_.guess(0)),
+                                    AboveCounter<T>(logit_cut_.guess(1))};
         for (int64_t i = 0; i < logit_row_; i += W) {
             const V e = exp2_negative<W>((load(logits + i) - top) * log2e);
             total += e;
             store(exponentials_ + i, e);
-            for (int j = 0; j < 2; ++j) above[j] -= load<Order<T>, W>(logits_ + i) > logit_cut_.guess(j);
+            for (int j = 0; j < 2; ++j) above[j].add(load<Order<T>, W>(logits_ + i));
         }
         const T scale = T(1) / reduce<T>(total, Add())[0];
         const bool some = c_.num_coefficients > 0 && c_.num_coefficients < c_.rows;
@@ -167,8 +168,7 @@ class Chooser {
             }
             return kept;
         }
-        const int64_t counts[2] = {reduce<Order<T>>(above[0], Add())[0],
-                                   reduce<Order<T>>(above[1], Add())[0]};
+        const int64_t counts[2] = {above[0].count(), above[1].count()};
         const Cut<T> cut = logit_cut_.find(logits_, logit_row_, c_.rows, c_.num_coefficients, counts);
         const int kept = int(write_places<T>(logits_, logit_row_, cut, kept_));
         for (int i = 0; i < kept; ++i) coefficients_[i] = exponentials_[kept_[i]] * scale;
@@ -201,21 +201,22 @@ class Chooser {
             coefficient[j] = broadcast(coefficients_[first + j]);
         }
         T* const sums = reinterpret_cast<T*>(scores_);
-        I counts[2] = {};
+        AboveCounter<T> counts[2] = {AboveCounter<T>(score_cut_.guess(0)),
+                                     AboveCounter<T>(score_cut_.guess(1))};
         for (int64_t i = 0; i < score_row_; i += W) {
             V sum = {};
             if (first > 0) sum = load(sums + i);
             for (int j = 0; j < N; ++j) sum += coefficient[j] * load(row[j] + i);
             if constexpr (kLast) {
                 const I x = ordered_magnitude<T>(sum);
-                for (int j = 0; j < 2; ++j) counts[j] -= x > score_cut_.guess(j);
+                for (int j = 0; j < 2; ++j) counts[j].add(x);
                 store(scores_ + i, x);
             } else {
                 store(sums + i, sum);
             }
         }
         if constexpr (kLast)
-            for (int j = 0; j < 2; ++j) above[j] = reduce<Order<T>>(counts[j], Add())[0];
+            for (int j = 0; j < 2; ++j) above[j] = counts[j].count();
     }
 
     VITRAIL_INLINE int above_threshold(int32_t* to) const {

@@ -170,44 +170,43 @@ template <class T>
 class ListedQueries {
     static constexpr int W = kLanes<T>;
     static constexpr int kStep = 64;  // keys that a query takes before the next query has its turn
-    static constexpr int kMaxRows = 32;
     using V = Vec<T, W>;
 
   public:
-    // Queries of lists of up to `slots` keys that fit the second-level cache together.
+    static constexpr int kMaxRows = 64;
+
+    // Queries, a multiple of four, of lists of up to `slots` keys that fit the second-level cache together.
     VITRAIL_INLINE static int rows_together(int64_t slots) {
-        const int64_t rows = (int64_t(1) << 18) / (slots * int64_t(sizeof(T) + sizeof(int32_t)) + 1);
-        return rows < 4 ? 4 : rows > kMaxRows ? kMaxRows : int(rows);
+        const int64_t rows = (int64_t(1) << 19) / (slots * int64_t(sizeof(T) + sizeof(int32_t)) + 1);
+        return rows < 4 ? 4 : rows > kMaxRows ? kMaxRows : int(rows / 4 * 4);
     }
+
+    // Numbers that a list of up to `slots` keys needs room for: those who write one do so by whole vectors.
+    VITRAIL_INLINE static int64_t list_row(int64_t slots) { return whole_vectors<T>(slots) + 16; }
 
     // Bytes of scratch that the constructor must be given.
     VITRAIL_INLINE static int64_t scratch_size(int64_t head_dim, int64_t value_dim, int64_t slots) {
-        return rows_together(slots) * (int64_t(sizeof(T)) * (whole_vectors<T>(head_dim) +
-                                                             whole_vectors<T>(value_dim) + slot_row(slots)) +
-                                       int64_t(sizeof(int32_t)) * slot_row(slots));
+        return int64_t(sizeof(T)) * rows_together(slots) *
+               (whole_vectors<T>(head_dim) + whole_vectors<T>(value_dim) + list_row(slots));
     }
 
     VITRAIL_INLINE ListedQueries(int64_t head_dim, int64_t value_dim, int64_t slots, void* scratch)
         : head_dim_(head_dim),
           value_dim_(value_dim),
-          slot_row_(slot_row(slots)),
           q_{static_cast<T*>(scratch), whole_vectors<T>(head_dim)},
           out_{q_[rows_together(slots)], whole_vectors<T>(value_dim)},
-          scores_{out_[rows_together(slots)], slot_row_},
-          lists_(reinterpret_cast<int32_t*>(scores_[rows_together(slots)])) {}
+          scores_{out_[rows_together(slots)], list_row(slots)} {}
 
     template <class S>
     VITRAIL_INLINE void load_query(int row, const S* from, T scale) {
         widen_row(from, head_dim_, scale * T(1.44269504088896340736), q_[row]);
     }
 
-    // Where to write a query's list: `slots` numbers and a whole vector more.
-    VITRAIL_INLINE int32_t* list(int row) const { return lists_ + row * slot_row_; }
-
-    // Says how many numbers the list holds.
-    VITRAIL_INLINE void set_count(int row, int count) {
+    // The list stays where it is, and is padded to a multiple of four.
+    VITRAIL_INLINE void set_list(int row, int32_t* list, int count) {
+        list_[row] = list;
         count_[row] = count;
-        for (int i = count; i % 4 != 0; ++i) list(row)[i] = 0;
+        for (int i = count; i % 4 != 0; ++i) list[i] = 0;
     }
 
     // Attends with queries [0, rows), in place of all earlier ones. `zero_keys` keys of zeros, whose values
@@ -217,15 +216,14 @@ class ListedQueries {
         for (int step = 0; step < most; step += kStep)
             for (int r = 0; r < rows; ++r)
                 if (const int n = keys_in_step(r, step); n > 0)
-                    multiply_listed(q_[r], keys, list(r) + step, n, scores_[r] + step);
-        for (int r = 0; r < rows; ++r) {
-            soften(r, zero_keys);
-            for (int64_t c = 0; c < out_.stride; c += W) store(out_[r] + c, V{});
-        }
+                    multiply_listed(q_[r], keys, list_[r] + step, n, scores_[r] + step);
+        for (int r = rows; r % 4 != 0; ++r) count_[r] = 0;
+        for (int r = 0; r < rows; r += 4) soften(r, zero_keys);
+        for (T* at = out_.data; at < out_[rows]; at += W) store(at, V{});
         for (int step = 0; step < most; step += kStep)
             for (int r = 0; r < rows; ++r)
                 if (const int n = keys_in_step(r, step); n > 0)
-                    sum_listed(scores_[r] + step, values, list(r) + step, n, out_[r]);
+                    sum_listed(scores_[r] + step, values, list_[r] + step, n, out_[r]);
     }
 
     // A query without keys gives zeros.
@@ -242,8 +240,6 @@ class ListedQueries {
     }
 
   private:
-    VITRAIL_INLINE static int64_t slot_row(int64_t slots) { return whole_vectors<T>(slots) + 16; }
-
     VITRAIL_INLINE int most_keys(int rows) const {
         int most = 0;
         for (int r = 0; r < rows; ++r)
@@ -255,28 +251,42 @@ class ListedQueries {
         return count_[row] - step < kStep ? count_[row] - step : kStep;
     }
 
-    // Turns a query's scores into weights relative to their maximum.
+    // Turns the scores of four queries into weights relative to their maximum.
     VITRAIL_INLINE void soften(int row, T zero_keys) {
-        T* const scores = scores_[row];
-        const int count = count_[row];
-        const int padded = int(whole_vectors<T>(count));
-        for (int i = count; i < padded; ++i) scores[i] = -T(__builtin_inf());
-        V top = broadcast(zero_keys > 0 ? T(0) : -T(__builtin_inf())), total = {};
-        for (int i = 0; i < padded; i += W) top = maximum(top, load(scores + i));
-        top = reduce<T>(top, Max());
-        for (int i = 0; i < padded; i += W) {
-            const V p = exp2_negative<W>(load(scores + i) - top);
-            total += p;
-            store(scores + i, p);
+        T* scores[4];
+        int64_t padded = 0;
+        for (int r = 0; r < 4; ++r) {
+            scores[r] = scores_[row + r];
+            if (padded < count_[row + r]) padded = count_[row + r];
         }
-        max_[row] = top[0];
-        sum_[row] = reduce<T>(total, Add())[0];
-        if (zero_keys > 0) sum_[row] += zero_keys * exp2_negative<W>(-top)[0];
+        padded = whole_vectors<T>(padded);
+        V top[4], total[4] = {};
+        for (int r = 0; r < 4; ++r) {
+            for (int64_t i = count_[row + r]; i < padded; ++i) scores[r][i] = -T(__builtin_inf());
+            top[r] = broadcast(zero_keys > 0 ? T(0) : -T(__builtin_inf()));
+        }
+        for (int64_t i = 0; i < padded; i += W)
+            for (int r = 0; r < 4; ++r) top[r] = maximum(top[r], load(scores[r] + i));
+        const V now = reduce_rows<T>(top, Max());
+        for (int r = 0; r < 4; ++r) top[r] = broadcast(T(now[r]));
+        for (int64_t i = 0; i < padded; i += W)
+            for (int r = 0; r < 4; ++r) {
+                const V p = exp2_negative<W>(load(scores[r] + i) - top[r]);
+                total[r] += p;
+                store(scores[r] + i, p);
+            }
+        V sums = reduce_rows<T>(total, Add());
+        if (zero_keys > 0) sums += zero_keys * exp2_negative<W>(-now);
+        for (int r = 0; r < 4; ++r) {
+            const bool empty = count_[row + r] == 0 && !(zero_keys > 0);
+            max_[row + r] = now[r];
+            sum_[row + r] = empty ? T(0) : T(sums[r]);
+        }
     }
 
-    const int64_t head_dim_, value_dim_, slot_row_;
+    const int64_t head_dim_, value_dim_;
     const Rows<T> q_, out_, scores_;
-    int32_t* const lists_;
+    const int32_t* list_[kMaxRows];
     int count_[kMaxRows];
     T max_[kMaxRows], sum_[kMaxRows];
 };

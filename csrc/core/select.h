@@ -66,16 +66,48 @@ struct Cut {
     int64_t ties;
 };
 
+// Counts the numbers above a threshold.
+template <class T>
+class AboveCounter {
+    static constexpr int W = kLanes<T>;
+    using I = Vec<Order<T>, W>;
+
+  public:
+    VITRAIL_INLINE explicit AboveCounter(Order<T> threshold) : threshold_(threshold) {}
+
+#if defined(__AVX512F__)
+    VITRAIL_INLINE void add(I x) {
+        if constexpr (sizeof(T) == 4)
+            count_ += __builtin_popcount(_mm512_cmpgt_epi32_mask((__m512i)x, _mm512_set1_epi32(threshold_)));
+        else
+            count_ += __builtin_popcount(_mm512_cmpgt_epi64_mask((__m512i)x, _mm512_set1_epi64(threshold_)));
+    }
+    VITRAIL_INLINE int64_t count() const { return count_; }
+
+  private:
+    const Order<T> threshold_;
+    int64_t count_ = 0;
+#else
+    VITRAIL_INLINE void add(I x) { above_ -= x > threshold_; }
+    VITRAIL_INLINE int64_t count() const { return reduce<Order<T>>(above_, Add())[0]; }
+
+  private:
+    const Order<T> threshold_;
+    I above_ = {};
+#endif
+};
+
 template <class T>
 VITRAIL_INLINE int64_t count_above(const Order<T>* x, int64_t padded, Order<T> threshold) {
     constexpr int W = kLanes<T>;
-    using V = Vec<Order<T>, W>;
-    V above[4] = {};
+    AboveCounter<T> even(threshold), odd(threshold);
     int64_t i = 0;
-    for (; i + 4 * W <= padded; i += 4 * W)
-        for (int j = 0; j < 4; ++j) above[j] -= load<Order<T>, W>(x + i + j * W) > threshold;
-    for (; i < padded; i += W) above[0] -= load<Order<T>, W>(x + i) > threshold;
-    return reduce<Order<T>>(above[0] + above[1] + (above[2] + above[3]), Add())[0];
+    for (; i + 2 * W <= padded; i += 2 * W) {
+        even.add(load<Order<T>, W>(x + i));
+        odd.add(load<Order<T>, W>(x + i + W));
+    }
+    if (i < padded) even.add(load<Order<T>, W>(x + i));
+    return even.count() + odd.count();
 }
 
 // Looks for the cut above which a wanted number of a row's numbers stand.
@@ -166,7 +198,7 @@ class CutSearch {
         for (int64_t i = n; i < W; ++i) few[i] = kLeast<T>;
         const I values = load<Order<T>, W>(few);
         I greater = {}, equal = {};
-        for (int64_t i = 0; i < n; ++i) {
+        for (int i = 0; i < W; ++i) {
             const I value = broadcast<Order<T>, W>(few[i]);
             greater -= value > values;
             equal -= value == values;

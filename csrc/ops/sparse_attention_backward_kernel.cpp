@@ -21,8 +21,8 @@ class Kernel {
         const int64_t rows = ListedQueries<T>::rows_together(2 * a.slots);
         const int64_t key = whole_vectors<T>(a.head_dim), value = whole_vectors<T>(a.value_dim);
         return int64_t(sizeof(T)) *
-                   (2 * a.tokens * (key + value) + rows * (3 * key + value + 2 * slot_row(a))) +
-               int64_t(sizeof(int32_t)) * rows * slot_row(a);
+                   (2 * a.tokens * (key + value) + rows * (3 * key + value + 2 * list_row(a))) +
+               int64_t(sizeof(int32_t)) * rows * list_row(a);
     }
 
     Kernel(const SparseAttentionBackward& b, void* scratch)
@@ -42,9 +42,9 @@ class Kernel {
         scaled_q_ = take(together_, key);
         grad_q_ = take(together_, key);
         grad_ = take(together_, value);
-        p_ = take(together_, slot_row(a_));
-        grad_p_ = take(together_, slot_row(a_));
-        lists_ = {reinterpret_cast<int32_t*>(free), slot_row(a_)};
+        p_ = take(together_, list_row(a_));
+        grad_p_ = take(together_, list_row(a_));
+        lists_ = {reinterpret_cast<int32_t*>(free), list_row(a_)};
     }
 
     void run(int64_t image, int64_t head) {
@@ -69,7 +69,7 @@ class Kernel {
     }
 
   private:
-    static int64_t slot_row(const SparseAttention& a) { return whole_vectors<T>(a.slots) + 16; }
+    static int64_t list_row(const SparseAttention& a) { return ListedQueries<T>::list_row(a.slots); }
 
     static S* row(const Tokens& x, int64_t image, int64_t token, int64_t channel) {
         return static_cast<S*>(x.data) + image * x.image + token * x.token + channel;
@@ -146,8 +146,8 @@ class Kernel {
     const int64_t together_;
     Rows<T> k_, v_, grad_k_, grad_v_, q_, scaled_q_, grad_q_, grad_, p_, grad_p_;
     Rows<int32_t> lists_;
-    int count_[32];
-    T lse_[32];
+    int count_[ListedQueries<T>::kMaxRows];
+    T lse_[ListedQueries<T>::kMaxRows];
 };
 
 template <class Action>

@@ -5,7 +5,7 @@ from PIL import Image, ImageChops
 
 from vitrail.catalog import create_model
 from vitrail.explain import EVERYTHING, Box, View, draw_panel, explain_picture, look
-from vitrail.ops import library, sparse_attention, use_ops
+from vitrail.ops import library, use_ops
 from vitrail.zoo import list_families
 
 SIDE = (140, 140)
@@ -134,15 +134,20 @@ def test_regions_of_a_padded_map_reach_past_the_image_and_are_cut(tiny):
     assert first.asking == pytest.approx((60 / 64, 42 / 48, 1, 1))
 
 
-def test_keys_shown_are_those_that_heads_keep(monkeypatch):
+def test_keys_shown_are_those_that_heads_keep():
     model, lists = small("sparsifiner_pico", patch_size=4, depth=6), []
 
-    def noting(q, k, v, keys, *args):
-        lists.append(keys)
-        return sparse_attention(q, k, v, keys, *args)
+    def note(module, args, out):
+        q, k, _ = module.qkv(args[0]).chunk(3, dim=-1)
+        lists.append(module.predictor(q[:, 1:], k))
 
-    monkeypatch.setattr("vitrail.zoo.sparsifiner.sparse_attention", noting)
-    views = look(model, torch.randn(1, 3, 32, 32), CENTRE)
+    image = torch.randn(1, 3, 32, 32)
+    handles = [block.attn.register_forward_hook(note) for block in model.blocks]
+    with torch.no_grad():
+        model.eval()(image)
+    for handle in handles:
+        handle.remove()
+    views = look(model, image, CENTRE)
     assert len(views) == len(lists) == 6
     token = 4 * 8 + 4
     for one, keys in zip(views, lists, strict=True):

@@ -48,11 +48,13 @@ def record_taps(model):
     keep(model.patch_embed, "stem", lambda out: out.mT.unflatten(2, grid))
     for i, block in enumerate(model.blocks):
 
-        def note_keys(module, args, out, name=f"block{i}.connectivity"):
-            _, k, tokens = args
-            taps[name] = connectivity(out, k.shape[1], tokens, num_tokens)
+        def note_keys(module, x, tokens, name=f"block{i}.connectivity"):
+            q, k, _ = module.attn.qkv(module.norm1(x)).chunk(3, dim=-1)
+            keys = module.attn.predictor(q[:, 1:], k, tokens)
+            taps[name] = connectivity(keys, k.shape[1], tokens, num_tokens)
 
-        def note_block(module, args, out, name=f"block{i}"):
+        def note_block(module, args, out, name=f"block{i}", note_keys=note_keys):
+            note_keys(module, *args)
             x, tokens = out if module.prunes else (out, args[1])
             index = torch.arange(num_tokens).expand(len(x), -1) if tokens is None else tokens
             taps[name] = x.new_zeros(len(x), num_tokens, x.shape[2]).scatter(
@@ -62,7 +64,6 @@ def record_taps(model):
                 kept = torch.zeros(len(x), num_tokens).scatter(1, tokens, 1.0)
                 taps[f"{name}.kept_tokens"] = kept[:, 1:]
 
-        block.attn.predictor.register_forward_hook(note_keys)
         block.register_forward_hook(note_block)
     keep(model.norm, "norm")
     keep(model.head, "head")
