@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all lint format bench docs clean
+.PHONY: help env demo test test-all lint format bench fuzz sanitize docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,8 +36,15 @@ format: $(READY) ## ruff's fixes and formatting, clang-format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: $(READY) ## time and memory of the operators against stock PyTorch
+bench: $(READY) ## operators and models against stock PyTorch, timm and, with PEERS=FOLDER, the authors' code
 	$(BIN)/python benchmarks/operators.py
+	$(BIN)/python benchmarks/models.py $(if $(PEERS),--peers "$(PEERS)")
+
+fuzz: $(READY) ## a million calls of the compiled operators with random and spoiled arguments (ten minutes)
+	$(BIN)/python scripts/fuzz_operators.py --calls 1000000
+
+sanitize: $(READY) ## the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer (half an hour)
+	$(BIN)/python -m pytest -q -n $(JOBS) tests/csrc/test_sanitizers.py
 
 docs: $(READY) ## write docs/MODELS.md and docs/WEIGHTS.md from the registry
 	$(BIN)/python scripts/model_docs.py

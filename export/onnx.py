@@ -106,6 +106,7 @@ def to_onnx(
     atol: float = ATOL,
     seed: int = 0,
     metadata: Mapping[str, object] | None = None,
+    rewrite: Callable[[nn.Module], nn.Module] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Write `model` as an ONNX file of standard operators, verified against the model before it appears.
@@ -129,6 +130,8 @@ def to_onnx(
         rtol, atol: tolerances of the verification.
         seed: of the verification's noise.
         metadata: further entries for the file's metadata; they win over the standard ones.
+        rewrite: from the model to another module that computes the same, which is traced in its place, such as
+            `vitrail.zoo.inference.standard_form`. What the file is verified against is the model itself.
         progress: called with a line of text before each step.
 
     Raises:
@@ -161,7 +164,7 @@ def to_onnx(
 
     batch = TRACED_BATCH if "batch" in axes else 1
     example = noise(batch, channels, *size, seed=seed)
-    module = Outputs(model, features)
+    module = Outputs(model if rewrite is None else rewrite(model), features)
     with evaluation(module):
         say("running the model once")
         names = _dry_run(module, example)

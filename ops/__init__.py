@@ -7,6 +7,7 @@ block of code.
 from .channel_attention import channel_attention
 from .connectivity_topk import connectivity_topk
 from .library import use_ops
+from .packed_linear import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
 from .region_route import region_route
 from .routed_attention import routed_attention
 from .semantic_attention import semantic_attention
@@ -20,6 +21,10 @@ __all__ = [
     "channel_attention",
     "connectivity_topk",
     "flops",
+    "pack_weight",
+    "packed_grn_mlp",
+    "packed_linear",
+    "packed_mlp",
     "region_route",
     "routed_attention",
     "semantic_attention",

@@ -68,6 +68,7 @@ class Operator:
         cast: names of the arguments that autocast converts; default: the differentiable ones.
         shared: names of the tensor arguments without a batch, such as weights; the others have it in front.
         check_values: raises for values that are not allowed (indices out of range); called where they can be read.
+        foldable: whether `vmap` may join the mapped dimension to the first one of the arguments that are not shared.
         compiled: whether the compiled library holds a CPU kernel, so that loading it is worth while.
     """
 
@@ -84,6 +85,7 @@ class Operator:
         cast: Optional[Sequence[str]] = None,
         shared: Sequence[str] = (),
         check_values: Optional[Callable[..., None]] = None,
+        foldable: bool = True,
         compiled: bool = False,
     ):
         self.name = name
@@ -91,6 +93,7 @@ class Operator:
         self.outputs = tuple(outputs)
         self._forward = forward or definition
         self._check_values = check_values
+        self._foldable = foldable
         self._compiled = compiled
 
         results = ", ".join(f"Tensor {x}" for x in outputs)
@@ -155,6 +158,10 @@ class Operator:
         on_cpu = grad.device.type == "cpu"
         if self._compiled and on_cpu and library.load() and self._has_backward():
             return self.backward_op(grad, *rest)
+        return self._differentiate(grad, *rest)
+
+    def _differentiate(self, grad, *rest):
+        """The gradients by way of the definition."""
         with _recording():
             args, leaves = self._leaves(rest[self._saved :])
             grads = iter(torch.autograd.grad(self.definition(*args), leaves, grad, materialize_grads=True))
@@ -234,13 +241,13 @@ class Operator:
     # --- torch.func, autocast ---
 
     def _vmap(self, info, in_dims, *args):
-        foldable = all(in_dims[i] is None for i in self._shared if args[i] is not None)
+        foldable = self._foldable and all(in_dims[i] is None for i in self._shared if args[i] is not None)
         return _batched(self.op, info, in_dims, args, self._shared, foldable)
 
     def _vmap_backward(self, info, in_dims, *args):
         shared = {i + 1 + self._saved for i in self._shared}
         # the gradient of a shared argument is summed over the batch, so a mapped dimension must not join it
-        foldable = not any(args[i] is not None for i in shared)
+        foldable = self._foldable and not any(args[i] is not None for i in shared)
         return _batched(self.backward_op, info, in_dims, args, shared, foldable)
 
     def _autocast(self, device: str):

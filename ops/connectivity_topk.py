@@ -55,8 +55,11 @@ _lib.define(f"connectivity_topk({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_co
 
 
 def _kernel(logits, basis, candidates, *settings):
-    """Kernel of last resort."""
-    if candidates is not None and candidates.device.type == "cpu":
+    """Kernel of last resort: hands over to the compiled library once that is loaded, else runs the definition."""
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and library.load():
+        return torch.ops.vitrail.connectivity_topk(logits, basis, candidates, *settings)
+    if candidates is not None and on_cpu:
         _check_candidates_in_range(candidates, basis.shape[1])
     return reference(logits, basis, candidates, *settings)
 

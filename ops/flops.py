@@ -65,6 +65,43 @@ def strip_mix_backward_macs(grad: Shape, x: Shape, weight: Shape, *_: Any) -> in
     return 2 * strip_mix_macs(x, weight)
 
 
+def packed_linear_macs(x: Shape, weight: Shape, bias: Any, residual: Any, columns: int, *_: Any) -> int:
+    """Each row meets each column."""
+    return prod(x) * columns
+
+
+def packed_mlp_macs(
+    x: Shape,
+    weight1: Shape,
+    bias1: Any,
+    weight2: Shape,
+    bias2: Any,
+    residual: Any,
+    hidden: int,
+    columns: int,
+    *_: Any,
+) -> int:
+    """Both layers."""
+    return x[0] * hidden * (x[1] + columns)
+
+
+def packed_grn_mlp_macs(
+    x: Shape, weight1: Shape, bias1: Any, grn_weight: Shape, weight2: Shape, bias2: Any, residual: Any, images: int,
+    hidden: int, columns: int, *_: Any,
+) -> int:  # fmt: skip
+    """Both layers."""
+    return x[0] * hidden * (x[1] + columns)
+
+
+def _dense_backward(forward: Callable[..., int]) -> Callable[..., int]:
+    """The layers again (but for a lone one, whose result nothing needs), and twice that for the gradients."""
+
+    def backward(grad: Shape, *args: Any) -> int:
+        return (2 if forward is packed_linear_macs else 3) * forward(*args)
+
+    return backward
+
+
 def region_route_macs(q: Shape, k: Shape, topk: int, region_size: Shape, kv_region_size: Shape) -> int:
     """Products of all pairs of region means."""
 
@@ -101,6 +138,12 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "channel_attention": channel_attention_macs,
     "channel_attention_backward": _attention_backward(channel_attention_macs),
     "connectivity_topk": connectivity_topk_macs,
+    "packed_grn_mlp": packed_grn_mlp_macs,
+    "packed_grn_mlp_backward": _dense_backward(packed_grn_mlp_macs),
+    "packed_linear": packed_linear_macs,
+    "packed_linear_backward": _dense_backward(packed_linear_macs),
+    "packed_mlp": packed_mlp_macs,
+    "packed_mlp_backward": _dense_backward(packed_mlp_macs),
     "region_route": region_route_macs,
     "routed_attention": routed_attention_macs,
     "routed_attention_backward": _attention_backward(routed_attention_macs),

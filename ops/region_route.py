@@ -24,7 +24,16 @@ _lib.define(
     "region_route(Tensor q, Tensor k, int topk, SymInt[2] region_size, SymInt[2] kv_region_size) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_lib.impl("region_route", reference, "CompositeExplicitAutograd")
+
+
+def _kernel(q: Tensor, k: Tensor, topk: int, region_size: List[int], kv_region_size: List[int]) -> Tensor:
+    """Kernel of last resort: hands over to the compiled library once that is loaded, else runs the definition."""
+    if q.device.type == "cpu" and library.load():
+        return torch.ops.vitrail.region_route(q, k, topk, region_size, kv_region_size)
+    return reference(q, k, topk, region_size, kv_region_size)
+
+
+_lib.impl("region_route", _kernel, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("vitrail::region_route", lib=_lib)

@@ -63,7 +63,7 @@ def reference(x: Tensor, weight: Tensor, bias: Optional[Tensor], axis: int) -> T
 class _StripMix(Operator):
     """A linear operator needs no forward pass to be differentiated."""
 
-    def _backward_kernel(self, grad, x, weight, bias, axis):
+    def _differentiate(self, grad, x, weight, bias, axis):
         wide, n, groups = wide_dtype(x), weight.shape[1], weight.shape[3]
         grad_x = reference(
             grad, weight.flip(0).transpose(1, 2), None, axis
@@ -87,6 +87,7 @@ _operator = _StripMix(
     lambda x, weight, bias, axis: x.new_empty(x.shape),
     differentiable=("x", "weight", "bias"),
     shared=("weight", "bias"),
+    compiled=True,
 )
 
 # --- the public function ----------------------------------------------------------------------------------------------

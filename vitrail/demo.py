@@ -20,6 +20,7 @@ from .export.images import load_image, sample_photos
 from .export.verify import default_size
 from .ops import library, use_ops
 from .profiling import ProfileReport, profile
+from .zoo.inference import standard_form
 
 STEPS = 6
 """Calls of `begin` in `run_demo`."""
@@ -213,7 +214,7 @@ def run_demo(
     begin("exporting to ONNX and verifying")
     weights = Path(checkpoint).name if checkpoint else f"random, seed {_SEED}"
     onnx_file = folder / f"{model_name}.onnx"
-    export = to_onnx(model, onnx_file, metadata={"weights": weights}, progress=detail)
+    export = to_onnx(model, onnx_file, metadata={"weights": weights}, rewrite=standard_form, progress=detail)
     lap("export")
 
     files = {"picture": "picture.png", "onnx": onnx_file.name, "report": "report.json"}

@@ -3,6 +3,7 @@
 from timm.models import list_models
 
 from . import biformer, davit_fused, sparsifiner, sparsifiner_lvvit, stripmlp, stvit_deit, stvit_swin
+from .inference import fuse_for_inference
 
 FAMILIES = {
     "biformer": (biformer,),
@@ -23,4 +24,4 @@ def list_families() -> dict[str, list[str]]:
     }
 
 
-__all__ = ["FAMILIES", "list_families"]
+__all__ = ["FAMILIES", "fuse_for_inference", "list_families"]

@@ -201,9 +201,10 @@ class BiLevelRoutingAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[1], x.shape[2]
         region_size = region_size_of(x, self.n_win, self.pad_before)
-        if self.pad_before:
-            x = pad_grid(x, region_size[0] * self.n_win, region_size[1] * self.n_win)
-        q, k, v = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
+        qkv = self.qkv(x)
+        if self.pad_before:  # what the projection makes of zeros is its bias
+            qkv = pad_grid(qkv, region_size[0] * self.n_win, region_size[1] * self.n_win, self.qkv.bias)
+        q, k, v = qkv.split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
         routes, weights = self.router(q, k, region_size)
         values, kv_size = v, region_size
         if self.kv_pool is not None:

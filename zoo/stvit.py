@@ -288,9 +288,13 @@ class CenterLayer(TokenLayer):
             WindowPosition(dim, attn.window_size, device, dtype) if use_conv_pos else nn.Identity()
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pool(self, x: Tensor) -> Tensor:
+        """The centres before they gather."""
         height = window_count(x.shape[1], self.image_window) * self.window_size
         width = window_count(x.shape[2], self.image_window) * self.window_size
-        centers = self.conv_pos(max_pool_bins(x, height, width))
+        return self.conv_pos(max_pool_bins(x, height, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centers = self.pool(x)
         gathered = self.ls1(self.attn(self.norm1(centers), self.norm1(x)))
         return self.feed_forward(centers + self.drop_path1(gathered) if self.shortcut else gathered)

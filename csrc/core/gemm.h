@@ -97,27 +97,27 @@ __attribute__((noinline)) void multiply_tile(const Factors<S>& f, Compute<S>* c,
     using T = typename P::T;
     constexpr int W = kLanes<T>, kPointers = (M + 3) / 4;
     typename P::V sum[M][N] = {};
-    if (add)
-        for (int r = 0; r < M; ++r)
-            for (int j = 0; j < N; ++j) sum[r][j] = load(c + r * c_row + j * W);
+    const auto for_each = [](auto action) VITRAIL_INLINED {
+        unroll<M>([&](auto r) VITRAIL_INLINED { unroll<N>([&](auto j) VITRAIL_INLINED { action(r, j); }); });
+    };
+    if (add) for_each([&](auto r, auto j) VITRAIL_INLINED { sum[r][j] = load(c + r * c_row + j * W); });
     // One pointer for four rows of A: the processor adds the rest to it for free.
     const S* a[kPointers];
-    for (int i = 0; i < kPointers; ++i) a[i] = f.a + 4 * i * f.a_row;
-    const int64_t row = f.a_row, row3 = 3 * f.a_row;
+    unroll<kPointers>([&](auto i) VITRAIL_INLINED { a[i] = f.a + 4 * i * f.a_row; });
+    const int64_t row = f.a_row, row3 = 3 * f.a_row, a_step = f.a_step, b_step = f.b_step;
     const S* b = f.b;
 #pragma GCC unroll 2
     for (int64_t i = 0; i < f.depth; ++i) {
         typename P::B x[N];
-        for (int j = 0; j < N; ++j) x[j] = P::load_b(b + j * W * P::kDepth);
-        b += f.b_step;
-        for (int r = 0; r < M; ++r) {
+        unroll<N>([&](auto j) VITRAIL_INLINED { x[j] = P::load_b(b + j * W * P::kDepth); });
+        b += b_step;
+        unroll<M>([&](auto r) VITRAIL_INLINED {
             const typename P::A y = P::load_a(a[r / 4] + (r % 4 == 3 ? row3 : r % 4 * row));
-            for (int j = 0; j < N; ++j) sum[r][j] = P::add(y, x[j], sum[r][j]);
-        }
-        for (int j = 0; j < kPointers; ++j) a[j] += f.a_step;
+            unroll<N>([&](auto j) VITRAIL_INLINED { sum[r][j] = P::add(y, x[j], sum[r][j]); });
+        });
+        unroll<kPointers>([&](auto j) VITRAIL_INLINED { a[j] += a_step; });
     }
-    for (int r = 0; r < M; ++r)
-        for (int j = 0; j < N; ++j) store(c + r * c_row + j * W, sum[r][j]);
+    for_each([&](auto r, auto j) VITRAIL_INLINED { store(c + r * c_row + j * W, sum[r][j]); });
 }
 
 template <class S, int N, int M = kTileRows>

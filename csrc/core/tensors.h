@@ -8,6 +8,12 @@ namespace vitrail {
 
 enum class Storage : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+// Tokens in a row, channels contiguous; strides in elements.
+struct Tokens {
+    void* data;
+    int64_t image, token;
+};
+
 // A grid of tokens, channels last and contiguous; strides in elements.
 struct Grid {
     void* data;

@@ -11,6 +11,7 @@
 
 #define VITRAIL_INLINE inline __attribute__((always_inline))
 #define VITRAIL_OUTLINE inline __attribute__((noinline))
+#define VITRAIL_INLINED __attribute__((always_inline))  // of a lambda, after its parameters
 
 namespace vitrail::VITRAIL_ISA {
 
@@ -50,6 +51,23 @@ using Vec = typename VecOf<T, N>::type;
 // At least four lanes, which packing and the row reductions count on; the compiler splits what is too wide.
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T)) < 4 ? 4 : kVectorBytes / int(sizeof(T));
+
+template <int I>
+struct Index {
+    VITRAIL_INLINE constexpr operator int() const { return I; }
+};
+
+template <class Body, int... I>
+VITRAIL_INLINE void unroll(std::integer_sequence<int, I...>, Body body) {
+    (body(Index<I>()), ...);
+}
+
+// Calls body(0), ..., body(N - 1), whose arguments are constants. Arrays of vectors that are indexed by them
+// stay in registers; in a loop, which the compiler unrolls late if at all, they may not.
+template <int N, class Body>
+VITRAIL_INLINE void unroll(Body body) {
+    unroll(std::make_integer_sequence<int, N>(), body);
+}
 
 template <class T, int N = kLanes<T>>
 VITRAIL_INLINE Vec<T, N> load(const T* from) {
@@ -128,6 +146,14 @@ VITRAIL_INLINE Vec<T, N> reduce_rows(const Vec<T, N> (&v)[4], Op op) {
     Vec<T, N> x = fold<N / 4, T>(fold<N / 2, T>(v[0], v[1], op), fold<N / 2, T>(v[2], v[3], op), op);
     if constexpr (N >= 16) x = fold<N / 8, T>(x, x, op);
     if constexpr (N >= 8) x = fold<1, T>(x, x, op);
+    return x;
+}
+
+// The sum, or the like, of all lanes, in every lane.
+template <class T, class Op, int Block = kLanes<T> / 2>
+VITRAIL_INLINE Vec<T, kLanes<T>> reduce(Vec<T, kLanes<T>> x, Op op) {
+    x = fold<Block, T>(x, x, op);
+    if constexpr (Block > 1) return reduce<T, Op, Block / 2>(x, op);
     return x;
 }
 

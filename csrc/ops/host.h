@@ -16,6 +16,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#endif
+
 #include "../core/tensors.h"
 #include "../dispatch/backend.h"
 
@@ -101,7 +105,7 @@ class Checks {
 
     void contiguous_channels(const char* name, const Tensor& t) const {
         const int64_t last = t.dim() - 1;
-        if (t.stride(last) != 1 && t.size(last) > 1)
+        if (t.stride(last) != 1 && t.size(last) > 1 && t.numel() > 0)
             fail("the last dimension of ", name, " must be contiguous (stride 1), got stride ",
                  t.stride(last));
     }
@@ -110,20 +114,28 @@ class Checks {
         if (num_heads < 1) fail("num_heads must be at least 1, got ", num_heads);
     }
 
-    // A (B, H, W, C) grid whose channels `heads` divides, like `q` in dtype and batch.
-    void grid(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
+    // A (B, H, W, C) grid with contiguous channels.
+    void grid(const char* name, const Tensor& t) const {
         on_cpu(name, t);
         if (t.dim() != 4) fail(name, " must have 4 dimensions (B, H, W, C), got shape ", shape_of(t));
-        if (t.scalar_type() != q.scalar_type())
-            fail(name, " must have the dtype of q, ", name_of(q.scalar_type()), ", got ",
-                 name_of(t.scalar_type()));
-        if (t.size(0) != q.size(0))
-            fail(name, " must have the batch size of q, ", q.size(0), ", got ", t.size(0));
-        if (t.size(3) == 0 || t.size(3) % heads != 0)
-            fail(name, " must have a positive multiple of num_heads = ", heads, " channels, got ", t.size(3));
         contiguous_channels(name, t);
         if (t.size(1) > kMaxExtent || t.size(2) > kMaxExtent)
             fail(name, " must be at most ", kMaxExtent, " tokens high and wide, got shape ", shape_of(t));
+    }
+
+    // The same, whose channels `heads` divides, like `q` in dtype and batch.
+    void grid(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
+        grid(name, t);
+        like(name, t, q, heads);
+    }
+
+    // A (B, N, C) row of tokens whose channels `heads` divides, like `q` in dtype and batch.
+    void tokens(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
+        on_cpu(name, t);
+        if (t.dim() != 3) fail(name, " must have 3 dimensions (B, N, C), got shape ", shape_of(t));
+        like(name, t, q, heads);
+        if (t.size(1) > kMaxExtent)
+            fail(name, " must hold at most ", kMaxExtent, " tokens, got shape ", shape_of(t));
     }
 
     // Keys or values on a grid of their own.
@@ -144,6 +156,19 @@ class Checks {
     }
 
   private:
+    // Dtype and batch of `q`, contiguous channels that `heads` divides.
+    void like(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
+        const int64_t channels = t.size(t.dim() - 1);
+        if (t.scalar_type() != q.scalar_type())
+            fail(name, " must have the dtype of q, ", name_of(q.scalar_type()), ", got ",
+                 name_of(t.scalar_type()));
+        if (t.size(0) != q.size(0))
+            fail(name, " must have the batch size of q, ", q.size(0), ", got ", t.size(0));
+        if (channels == 0 || channels % heads != 0)
+            fail(name, " must have a positive multiple of num_heads = ", heads, " channels, got ", channels);
+        contiguous_channels(name, t);
+    }
+
     const char* const op_;
 };
 
@@ -153,6 +178,10 @@ inline ScalarType compute_type(Storage storage) {
 
 inline Grid grid_of(const Tensor& t) {
     return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+inline Tokens tokens_of(const Tensor& t) {
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
 }
 
 struct AlignedBuffer {
@@ -166,9 +195,22 @@ struct AlignedBuffer {
 };
 
 // Calls body(begin, end) for parts of [0, count), on torch's own threads.
+#if defined(__SANITIZE_THREAD__)
+// ThreadSanitizer knows nothing of the barriers of torch's OpenMP, so here are threads whose start and end it
+// sees.
+template <class Body>
+void parallel(int64_t count, int64_t, const Body& body) {
+    const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), count);
+    std::vector<std::thread> threads;
+    for (int64_t i = 0; i < parts; ++i)
+        threads.emplace_back([&, i] { body(count * i / parts, count * (i + 1) / parts); });
+    for (std::thread& thread : threads) thread.join();
+}
+#else
 template <class Body>
 void parallel(int64_t count, int64_t grain, const Body& body) {
     if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
 }
+#endif
 
 }  // namespace vitrail

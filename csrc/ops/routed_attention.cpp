@@ -2,26 +2,12 @@
 #include "routed_attention.h"
 
 #include "block_host.h"
+#include "regions_host.h"
 
 namespace vitrail {
 namespace {
 
 using Optional = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-
-Regions regions_of(const Checks& checks, const char* name, const Tensor& grid, const Sizes& size) {
-    checks.extent(name, size);
-    Regions r = {};
-    r.grid_height = grid.size(1);
-    r.grid_width = grid.size(2);
-    r.height = size[0];
-    r.width = size[1];
-    r.size = r.height * r.width;
-    r.down = (r.grid_height + r.height - 1) / r.height;
-    r.across = (r.grid_width + r.width - 1) / r.width;
-    r.count = r.down * r.across;
-    return r;
-}
 
 // Copies a (B, R, topk) tensor of any strides into a contiguous array.
 template <class To, class From, class Convert>

@@ -1,10 +1,12 @@
-"""The kernels' tests need the compiled library."""
+"""What the tests of compiled kernels share: the library is there, and other instruction sets and threads are tried."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from vitrail.ops import library
+
+from .kernels import OTHER_CAPABILITIES, check_with, with_threads
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -12,3 +14,15 @@ def _compiled() -> Iterator[None]:
     with library.use_ops("fused"):
         library.load()
         yield
+
+
+@pytest.fixture(params=OTHER_CAPABILITIES)
+def lesser_instruction_set(request: pytest.FixtureRequest) -> None:
+    """Runs the tests of the same file again, in a process that may use no more than this instruction set."""
+    check_with(request.param, str(request.path))
+
+
+@pytest.fixture
+def assert_same_bits_on_any_number_of_threads() -> Callable[..., None]:
+    """A check that a function gives the same bits with one, two and three threads."""
+    return with_threads

@@ -5,9 +5,7 @@ what the library does when nothing protects it.
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +16,7 @@ from torch import Tensor
 
 from vitrail.ops import library
 
-sys.path.insert(0, str(Path(__file__).parent))
-from kernels import (
+from .kernels import (
     EXAMPLES,
     OTHER_CAPABILITIES,
     TOLERANCE,

@@ -1,56 +1,96 @@
-"""The kernel's own tests once more, with AddressSanitizer and UndefinedBehaviorSanitizer compiled in."""
+"""The kernels' own tests and the fuzzer once more, with the sanitizers compiled in (`make sanitize`)."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vitrail.ops import library
 
-KERNEL_TESTS = sorted({*Path(__file__).parent.glob("test_*.py")} - {Path(__file__)})
+KERNEL_TESTS = sorted(
+    path
+    for path in Path(__file__).parent.glob("test_*.py")
+    if path.stem not in ("test_fuzz", Path(__file__).stem)
+)
+FUZZER = Path(__file__).resolve().parents[2] / "scripts" / "fuzz_operators.py"
+MEMORY, THREADS = ("address", "undefined"), ("thread",)
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
+def _environment(*sanitizers: str) -> dict[str, str]:
     """Of a Python that loads the instrumented library; fails where that cannot be built."""
-    path = library.build(sanitize=("address", "undefined"))
+    path = library.build(sanitize=sanitizers)
     compiler = library.find_compiler()
     runtimes = []
-    for name in ("libasan.so", "libubsan.so"):
-        command = [*compiler.command, f"-print-file-name={name}"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        assert os.path.isabs(found), f"{compiler.version} has no {name}; install its sanitizer runtime"
-        runtimes.append(found)
+    for name in {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}.items():
+        if name[0] in sanitizers:
+            command = [*compiler.command, f"-print-file-name={name[1]}"]
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            assert os.path.isabs(found), f"{compiler.version} has no {name[1]}; install its sanitizer runtime"
+            runtimes.append(found)
     return {
         **os.environ,
         "VITRAIL_LIBRARY": str(path),
         "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",
+        # an allocation that fails is to be reported, not to end the process
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "OMP_NUM_THREADS": "1",
+        # Python and torch are not instrumented
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:allocator_may_return_null=1",
+        "OMP_NUM_THREADS": "3" if "thread" in sanitizers else "1",
     }
 
 
-@pytest.mark.parametrize("capability", ["default", "avx512"])
-def test_the_kernel_touches_no_memory_but_its_own_and_is_well_defined(environment, capability):
-    # The sanitizer ends the process where an allocation fails, rather than let it be reported.
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not instruction_set and not too_large_for_memory"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *map(str, KERNEL_TESTS)],
-        env={**environment, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+@pytest.fixture(scope="module")
+def environments() -> Callable[..., dict[str, str]]:
+    made: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def environment(*sanitizers: str) -> dict[str, str]:
+        if sanitizers not in made:
+            made[sanitizers] = _environment(*sanitizers)
+        return made[sanitizers]
+
+    return environment
+
+
+def _run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    if "libtsan" in environment["LD_PRELOAD"]:  # it wants memory where it expects it
+        setarch = shutil.which("setarch")
+        assert setarch, "ThreadSanitizer needs setarch (util-linux), to run without address randomisation"
+        command = [setarch, "-R", *command]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+
+
+@pytest.mark.parametrize("sanitizers", [MEMORY, THREADS], ids="+".join)
+@pytest.mark.parametrize("capability", ["default", "avx512_bf16"])
+@pytest.mark.parametrize("tests", KERNEL_TESTS, ids=lambda path: path.stem)
+def test_a_kernels_own_tests_pass(environments, tests, capability, sanitizers):
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    chosen = "not instruction_set and not too_large_for_memory"
+    environment = {**environments(*sanitizers), "ATEN_CPU_CAPABILITY": capability}
+    run = _run(environment, "-m", "pytest", *options, "-k", chosen, str(tests))
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert " passed" in run.stdout
 
 
-def test_the_sanitizer_is_awake(environment):
-    """A grid that claims more memory than it has must be noticed, or the test above says nothing."""
+@pytest.mark.parametrize("sanitizers", [MEMORY, THREADS], ids="+".join)
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+def test_random_arguments_do_no_harm(environments, capability, sanitizers):
+    environment = {**environments(*sanitizers), "ATEN_CPU_CAPABILITY": capability}
+    run = _run(environment, str(FUZZER), "--calls", "20000", "--seed", "1")
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "no crash" in run.stdout
+
+
+def test_the_address_sanitizer_is_awake(environments):
+    """A grid that claims more memory than it has must be noticed, or the tests above say nothing."""
     code = """
     import ctypes, torch
     from vitrail.ops import library
@@ -61,13 +101,7 @@ def test_the_sanitizer_is_awake(environment):
     routes = torch.zeros(1, 2, 1, dtype=torch.int64)
     torch.ops.vitrail.routed_attention(q, q, q, routes, None, (4, 4), (4, 4), 1, 1.0)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = _run(environments(*MEMORY), "-c", textwrap.dedent(code))
     assert run.returncode != 0
     assert "heap-buffer-overflow" in run.stderr
     assert "routed_attention" in run.stderr

@@ -1,8 +1,6 @@
 """The compiled kernels of `semantic_attention`: against a float64 definition, and on wrong arguments."""
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from kernels import (
+from .kernels import (
     EXAMPLES,
     OTHER_CAPABILITIES,
     TOLERANCE,

@@ -123,6 +123,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from ..catalog import create_model
     from ..export import OPSETS, ExportError, VerificationError, to_onnx
     from ..export.images import find_images, load_image
+    from ..zoo.inference import standard_form
     from ..zoo.weights import CheckpointError
 
     if args.opset not in OPSETS:
@@ -151,6 +152,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 seed=args.seed,
                 progress=steps.begin,
                 metadata={"weights": weights},
+                rewrite=standard_form,
                 **tolerance,
             )
     except VerificationError as error:

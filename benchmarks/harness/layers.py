@@ -1,0 +1,82 @@
+"""Linear layers with their norm, activation and residual, and the same of stock layers."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.ops import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
+
+from .problems import Problem, Setting
+
+_EPS = 1e-6
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=_EPS)
+
+
+def _layer(columns: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, packed, and the bias that goes with it."""
+    weight = (torch.randn(columns, depth) * depth**-0.5).to(dtype)
+    return weight, pack_weight(weight), torch.randn(columns)
+
+
+def _projection(side: int, width: int, batch: int, dtype: torch.dtype) -> Problem:
+    weight, packed, bias = _layer(3 * width, width, dtype)
+
+    def stock(x: Tensor) -> Tensor:
+        return F.linear(_norm(x), weight, bias.to(dtype))
+
+    x = torch.randn(batch, side, side, width).to(dtype)
+    fused = partial(packed_linear, weight=packed, bias=bias, columns=3 * width, norm_eps=_EPS)
+    return Problem((x,), fused, {"norm, linear": stock})
+
+
+def _mlp(side: int, width: int, batch: int, dtype: torch.dtype) -> Problem:
+    weight1, packed1, bias1 = _layer(4 * width, width, dtype)
+    weight2, packed2, bias2 = _layer(width, 4 * width, dtype)
+
+    def fused(x: Tensor) -> Tensor:
+        return packed_mlp(x, packed1, bias1, packed2, bias2, 4 * width, width, x, _EPS)
+
+    def stock(x: Tensor) -> Tensor:
+        hidden = F.gelu(F.linear(_norm(x), weight1, bias1.to(dtype)))
+        return x + F.linear(hidden, weight2, bias2.to(dtype))
+
+    return Problem(
+        (torch.randn(batch, side, side, width).to(dtype),), fused, {"norm, linear, GELU, linear": stock}
+    )
+
+
+def _grn_mlp(side: int, width: int, batch: int, dtype: torch.dtype) -> Problem:
+    weight1, packed1, bias1 = _layer(3 * width, width, dtype)
+    weight2, packed2, bias2 = _layer(width, 3 * width, dtype)
+    grn = torch.randn(3 * width)
+
+    def fused(x: Tensor) -> Tensor:
+        return packed_grn_mlp(x, packed1, bias1, grn, packed2, bias2, 3 * width, width, x, _EPS)
+
+    def stock(x: Tensor) -> Tensor:
+        hidden = F.gelu(F.linear(_norm(x), weight1, bias1.to(dtype)))
+        norm = hidden.norm(dim=(1, 2), keepdim=True)
+        hidden = hidden * (1 + grn.to(dtype) * norm / (norm.mean(-1, keepdim=True) + 1e-6))
+        return x + F.linear(hidden, weight2, bias2.to(dtype))
+
+    return Problem(
+        (torch.randn(batch, side, side, width).to(dtype),), fused, {"norm, linear, GELU, GRN, linear": stock}
+    )
+
+
+_DAVIT = ((1, 56, 96), (2, 28, 192), (3, 14, 384), (4, 7, 768))
+_STRIPS = ((1, 56, 80), (2, 28, 160), (3, 14, 320), (4, 7, 640))
+SETTINGS = tuple(
+    Setting(operator, f"{model}, stage {stage}", partial(build, side, width), trains=False)
+    for operator, model, build, shapes in (
+        ("packed_linear", "davit_fused_tiny", _projection, _DAVIT),
+        ("packed_mlp", "davit_fused_tiny", _mlp, _DAVIT),
+        ("packed_grn_mlp", "stripmlp_tiny", _grn_mlp, _STRIPS),
+    )
+    for stage, side, width in shapes
+)

@@ -1,0 +1,246 @@
+// vitrail::packed_linear and vitrail::packed_mlp on the CPU: checks, memory, threads.
+#include "linear.h"
+
+#include <cmath>
+
+#include "host.h"
+
+namespace vitrail {
+namespace {
+
+// Fewer multiplications than this are not worth waking another thread for.
+constexpr double kGrain = 1 << 19;
+
+int64_t panels_of(int64_t columns) {
+    return (columns + kPanel - 1) / kPanel;
+}
+
+// Checks a layer's weights against the rows that it takes, and fills in all but its input and output.
+Linear layer(const Checks& checks, const char* weight_name, const Tensor& weight, const char* bias_name,
+             const std::optional<Tensor>& bias, Storage storage, ScalarType type, int64_t depth,
+             int64_t columns) {
+    if (columns < 1 || columns > kMaxExtent)
+        checks.fail("the number of columns must be from 1 to ", kMaxExtent, ", got ", columns);
+    checks.on_cpu(weight_name, weight);
+    checks.dtype(weight_name, weight, type);
+    if (storage == Storage::kBFloat16)
+        checks.shape(weight_name, weight, {panels_of(columns), (depth + 1) / 2, kPanel, 2});
+    else
+        checks.shape(weight_name, weight, {panels_of(columns), depth, kPanel});
+    if (!weight.is_contiguous()) checks.fail(weight_name, " must be contiguous, as pack_weight makes it");
+    Linear a = {};
+    a.storage = storage;
+    a.weight = weight.const_data_ptr();
+    a.depth = depth;
+    a.columns = columns;
+    a.norm_eps = -1;
+    if (bias) {
+        checks.on_cpu(bias_name, *bias);
+        checks.dtype(bias_name, *bias, compute_type(storage));
+        checks.shape(bias_name, *bias, {columns});
+        checks.contiguous_channels(bias_name, *bias);
+        a.bias = bias->const_data_ptr();
+    }
+    return a;
+}
+
+Storage rows_of(const Checks& checks, const Tensor& x) {
+    checks.on_cpu("x", x);
+    const Storage storage = checks.storage("x", x);
+    if (storage == Storage::kFloat16) checks.fail("x must be float32, float64 or bfloat16, got float16");
+    if (x.dim() != 2 || x.size(1) < 1 || x.size(1) > kMaxExtent)
+        checks.fail("x must have 2 dimensions (rows, channels), with at least one channel, got shape ",
+                    shape_of(x));
+    checks.contiguous_channels("x", x);
+    return storage;
+}
+
+void add_residual(const Checks& checks, Linear& a, const std::optional<Tensor>& residual, const Tensor& x) {
+    if (!residual) return;
+    checks.on_cpu("residual", *residual);
+    checks.dtype("residual", *residual, x.scalar_type());
+    checks.shape("residual", *residual, {x.size(0), a.columns});
+    checks.contiguous_channels("residual", *residual);
+    a.residual = residual->const_data_ptr();
+    a.residual_row = residual->stride(0);
+}
+
+Activation activation_of(const Checks& checks, const std::string& name) {
+    if (name == "none") return Activation::kNone;
+    if (name == "gelu") return Activation::kGelu;
+    checks.fail("activation must be 'none' or 'gelu', got '", name, "'");
+}
+
+// Equal blocks of at most kRowBlock rows, a multiple of the threads where that leaves blocks of some size.
+int64_t row_blocks(int64_t rows) {
+    const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, threads = torch::stable::get_num_threads();
+    const int64_t even = (blocks + threads - 1) / threads * threads;
+    return rows / even >= kRowBlock / 2 ? even : blocks;
+}
+
+void run(const Linear& a, int64_t rows, int64_t blocks) {
+    const LinearKernels& kernels = VITRAIL_KERNELS(kLinear);
+    const int64_t panels = panels_of(a.columns);
+    const int64_t threads = torch::stable::get_num_threads();
+    // few rows: the columns are shared out, too
+    const int64_t parts = blocks >= threads ? 1 : std::min(panels, (2 * threads + blocks - 1) / blocks);
+    const double work = double(rows) * double(a.depth) * double(a.columns) / double(blocks * parts);
+    parallel(blocks * parts, int64_t(kGrain / work), [&](int64_t begin, int64_t end) {
+        AlignedBuffer scratch(kernels.linear_scratch(a));
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t block = task / parts, part = task % parts;
+            const int64_t row = rows * block / blocks, next = rows * (block + 1) / blocks;
+            const int64_t panel = panels * part / parts, last = panels * (part + 1) / parts;
+            kernels.linear(a, row, next - row, panel, last - panel, block, scratch.data);
+        }
+    });
+}
+
+void check_norm(const Checks& checks, double norm_eps) {
+    if (!std::isfinite(norm_eps)) checks.fail("norm_eps must be finite, got ", norm_eps);
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& residual, int64_t columns, double norm_eps,
+                     const std::string& activation) {
+    constexpr Checks checks("packed_linear");
+    const Storage storage = rows_of(checks, x);
+    check_norm(checks, norm_eps);
+    Linear a = layer(checks, "weight", weight, "bias", bias, storage, x.scalar_type(), x.size(1), columns);
+    a.activation = activation_of(checks, activation);
+    a.norm_eps = norm_eps;
+    add_residual(checks, a, residual, x);
+    Tensor out = torch::stable::new_empty(x, {x.size(0), columns});
+    if (x.size(0) == 0) return out;
+    a.x = x.const_data_ptr();
+    a.x_row = x.stride(0);
+    a.out = out.mutable_data_ptr();
+    a.out_row = columns;
+    run(a, x.size(0), row_blocks(x.size(0)));
+    return out;
+}
+
+Tensor packed_mlp(const Tensor& x, const Tensor& weight1, const std::optional<Tensor>& bias1,
+                  const Tensor& weight2, const std::optional<Tensor>& bias2,
+                  const std::optional<Tensor>& residual, int64_t hidden, int64_t columns, double norm_eps,
+                  const std::string& activation) {
+    constexpr Checks checks("packed_mlp");
+    const Storage storage = rows_of(checks, x);
+    const ScalarType type = x.scalar_type();
+    check_norm(checks, norm_eps);
+    Mlp a = {};
+    a.first = layer(checks, "weight1", weight1, "bias1", bias1, storage, type, x.size(1), hidden);
+    a.second = layer(checks, "weight2", weight2, "bias2", bias2, storage, type, hidden, columns);
+    a.first.activation = activation_of(checks, activation);
+    a.first.norm_eps = norm_eps;
+    add_residual(checks, a.second, residual, x);
+    const int64_t rows = x.size(0);
+    Tensor out = torch::stable::new_empty(x, {rows, columns});
+    if (rows == 0) return out;
+    a.first.x = x.const_data_ptr();
+    a.first.x_row = x.stride(0);
+    a.second.out = out.mutable_data_ptr();
+    a.second.out_row = columns;
+
+    const int64_t blocks = row_blocks(rows);
+    if (blocks < torch::stable::get_num_threads()) {  // few rows: layer by layer, columns shared out
+        Tensor between = torch::stable::new_empty(x, {rows, hidden});
+        a.first.out = between.mutable_data_ptr();
+        a.second.x = between.const_data_ptr();
+        a.first.out_row = a.second.x_row = hidden;
+        run(a.first, rows, blocks);
+        run(a.second, rows, blocks);
+        return out;
+    }
+    const LinearKernels& kernels = VITRAIL_KERNELS(kLinear);
+    parallel(blocks, 1, [&](int64_t begin, int64_t end) {
+        AlignedBuffer scratch(kernels.mlp_scratch(a));
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t row = rows * block / blocks, next = rows * (block + 1) / blocks;
+            kernels.mlp(a, row, next - row, scratch.data);
+        }
+    });
+    return out;
+}
+
+// Factors of global response normalisation (ConvNeXt V2), 1 + weight * norm / (mean of norms + eps), from the
+// sums of squares of an image's blocks of rows.
+template <class T>
+void response_factors(const T* squares, int64_t blocks, int64_t stride, int64_t columns, const T* weight,
+                      double eps, T* factors) {
+    double mean = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+        double sum = 0;
+        for (int64_t block = 0; block < blocks; ++block) sum += double(squares[block * stride + c]);
+        const double norm = std::sqrt(sum);
+        mean += norm;
+        factors[c] = T(norm);
+    }
+    mean = mean / double(columns) + eps;
+    for (int64_t c = 0; c < columns; ++c) factors[c] = T(1 + double(weight[c]) * double(factors[c]) / mean);
+}
+
+Tensor packed_grn_mlp(const Tensor& x, const Tensor& weight1, const std::optional<Tensor>& bias1,
+                      const Tensor& grn_weight, const Tensor& weight2, const std::optional<Tensor>& bias2,
+                      const std::optional<Tensor>& residual, int64_t images, int64_t hidden, int64_t columns,
+                      double norm_eps, double grn_eps) {
+    constexpr Checks checks("packed_grn_mlp");
+    const Storage storage = rows_of(checks, x);
+    const ScalarType type = x.scalar_type(), wide = compute_type(storage);
+    check_norm(checks, norm_eps);
+    const int64_t rows = x.size(0);
+    if (images < 0 || (images == 0 ? rows != 0 : rows % images != 0))
+        checks.fail("images must divide the rows of x, ", rows, ", got ", images);
+    Linear first = layer(checks, "weight1", weight1, "bias1", bias1, storage, type, x.size(1), hidden);
+    Linear second = layer(checks, "weight2", weight2, "bias2", bias2, storage, type, hidden, columns);
+    first.activation = Activation::kGelu;
+    first.norm_eps = norm_eps;
+    checks.on_cpu("grn_weight", grn_weight);
+    checks.dtype("grn_weight", grn_weight, wide);
+    checks.shape("grn_weight", grn_weight, {hidden});
+    checks.contiguous_channels("grn_weight", grn_weight);
+    add_residual(checks, second, residual, x);
+    Tensor out = torch::stable::new_empty(x, {rows, columns});
+    if (rows == 0) return out;
+
+    // Blocks are of one image, and no matter how many threads there are always the same.
+    const int64_t of_image = rows / images, per_image = (of_image + kRowBlock - 1) / kRowBlock;
+    const int64_t blocks = images * per_image, stride = panels_of(hidden) * kPanel;
+    Tensor between = torch::stable::new_empty(x, {rows, hidden});
+    Tensor squares = torch::stable::new_empty(x, {blocks, stride}, wide);
+    Tensor factors = torch::stable::new_empty(x, {images, hidden}, wide);
+    first.x = x.const_data_ptr();
+    first.x_row = x.stride(0);
+    first.out = between.mutable_data_ptr();
+    first.out_row = second.x_row = hidden;
+    first.image_rows = second.image_rows = of_image;
+    first.squares = squares.mutable_data_ptr();
+    run(first, rows, blocks);
+    parallel(images, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t image = begin; image < end; ++image) {
+            const auto of = [&](auto one) {
+                using T = decltype(one);
+                response_factors(static_cast<const T*>(squares.const_data_ptr()) + image * per_image * stride,
+                                 per_image, stride, hidden,
+                                 static_cast<const T*>(grn_weight.const_data_ptr()), grn_eps,
+                                 static_cast<T*>(factors.mutable_data_ptr()) + image * hidden);
+            };
+            wide == ScalarType::Double ? of(double()) : of(float());
+        }
+    });
+    second.x = between.const_data_ptr();
+    second.factors = factors.const_data_ptr();
+    second.out = out.mutable_data_ptr();
+    second.out_row = columns;
+    run(second, rows, blocks);
+    return out;
+}
+
+}  // namespace
+}  // namespace vitrail
+
+STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
+    m.impl("packed_linear", TORCH_BOX(&vitrail::packed_linear));
+    m.impl("packed_mlp", TORCH_BOX(&vitrail::packed_mlp));
+    m.impl("packed_grn_mlp", TORCH_BOX(&vitrail::packed_grn_mlp));
+}

@@ -1,0 +1,58 @@
+// What `linear` and `mlp` (checks, memory, threads) tell their kernels.
+#pragma once
+
+#include "../core/tensors.h"
+#include "../dispatch/backend.h"
+
+namespace vitrail {
+
+// Columns of a panel of packed weights; a multiple of every instruction set's vector.
+constexpr int64_t kPanel = 32;
+// Rows that are taken through a layer together: their numbers stay in cache while the weights stream past.
+constexpr int64_t kRowBlock = 108;
+// Hidden columns of an MLP that are computed together.
+constexpr int64_t kHiddenBlock = 384;
+
+enum class Activation : int32_t { kNone, kGelu };
+
+// out = activation(norm(x) W^T + bias) + residual. Rows are tokens; strides in elements.
+struct Linear {
+    Storage storage;
+    const void* x;
+    int64_t x_row;
+    const void* residual;  // or null
+    int64_t residual_row;
+    void* out;
+    int64_t out_row;
+    const void* weight;  // packed: (panels, depth, kPanel), bfloat16 (panels, depth / 2, kPanel, 2)
+    const void* bias;    // of the type of sums, or null
+    int64_t depth, columns;
+    double norm_eps;  // of the normalisation of x's rows; negative for none
+    Activation activation;
+    // Of the type of sums, or null: rows of x are multiplied by factors[row / image_rows], (images, depth);
+    // squares[block of rows] += the squares of the block's results, (blocks, columns padded to panels).
+    const void* factors;
+    int64_t image_rows;
+    void* squares;
+};
+
+// out = activation(norm(x) W1^T + b1) W2^T + b2 + residual: `second` reads what `first` writes, and only
+// those of their pointers that the whole needs are set.
+struct Mlp {
+    Linear first, second;
+};
+
+struct LinearKernels {
+    // Bytes of scratch for a block of rows.
+    int64_t (*linear_scratch)(const Linear&);
+    int64_t (*mlp_scratch)(const Mlp&);
+    // Rows [row, row + rows), rows <= kRowBlock, and panels [panel, panel + panels) of the columns.
+    // The rows are of one image where there are factors; `block` is their number in `squares`.
+    void (*linear)(const Linear&, int64_t row, int64_t rows, int64_t panel, int64_t panels, int64_t block,
+                   void* scratch);
+    void (*mlp)(const Mlp&, int64_t row, int64_t rows, void* scratch);
+};
+
+VITRAIL_DECLARE_KERNELS(LinearKernels, kLinear)
+
+}  // namespace vitrail

@@ -1,0 +1,198 @@
+"""The inference form: the same function for every family, and its place in PyTorch."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitrail.ops import use_ops
+from vitrail.zoo import fuse_for_inference
+from vitrail.zoo.inference import FoldedLinear, MlpBranch, ResponseMlp
+
+from .test_families import FAMILIES, each_family, relative_error
+
+# what a small network of a family does not have
+VARIANTS = {
+    "biformer_stl": ("biformer_stl", {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128)}, (64, 100)),
+    "biformer_stl_nchw": ("biformer_stl_nchw", {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128)}, (64, 100)),
+    "biformer, layer scale": (
+        "biformer_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128), "layer_scale_init_value": 0.1},
+        (64, 64),
+    ),
+    "biformer, post norm": (
+        "biformer_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128), "pre_norm": False},
+        (64, 64),
+    ),
+    "biformer, convolution in the MLP": (
+        "biformer_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128), "mlp_dwconv": True},
+        (64, 64),
+    ),
+    "davit, activated position, no MLP": (
+        "davit_fused_tiny",
+        {
+            "depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "cpe_act": True,
+            "ffn": False, "channel_attn_v2": True,
+        },
+        (50, 60),
+    ),
+    "sparsifiner_lvvit": ("sparsifiner_lvvit_small", {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3}, (64, 64)),
+    "sparsifiner, pruned": (
+        "sparsifiner_tiny",
+        {
+            "img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3, "reduce_n_factor": 2,
+            "token_pruning_loc": (1, 2), "token_keep_rate": 0.7,
+        },
+        (96, 96),
+    ),
+    "stvit_deit": ("stvit_deit_tiny", {"img_size": 64, "embed_dim": 48, "depth": 8, "num_heads": 3, "sample_window_size": 2}, (64, 64)),
+    "stvit_r_deit": ("stvit_r_deit_small", {"img_size": 64, "embed_dim": 48, "num_heads": 3, "sample_window_size": 2}, (64, 64)),
+    "stvit_swin": (
+        "stvit_swin_tiny",
+        {"depths": (1, 1, 6, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 4), "shortcut": True, "relative_pos": True},
+        (64, 96),
+    ),
+}  # fmt: skip
+
+
+def randomised(model):
+    """A model whose every weight and statistic matters."""
+    g = torch.Generator().manual_seed(2)
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("running_var"):
+            x.data.copy_(torch.rand(x.shape, generator=g) + 0.5)
+        elif x.is_floating_point():
+            x.data.add_(0.1 * torch.randn(x.shape, generator=g, dtype=torch.float64))
+    return model.eval()
+
+
+def outputs_agree(model, images, limit, **kwargs):
+    with torch.no_grad():
+        want = model(images)
+        got = fuse_for_inference(model, **kwargs)(images)
+    assert relative_error(got, want) < limit
+
+
+@each_family
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_form_computes_the_same_to_rounding(family, pack):
+    model = randomised(family.create(dtype=torch.float64))
+    sizes = [family.size] + ([family.other_size] if family.other_size else [])
+    for size in sizes:
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        outputs_agree(model, images, 1e-11, pack=pack)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("pack", [True, False])
+def test_so_do_other_forms_of_the_families(variant, pack):
+    name, args, size = VARIANTS[variant]
+    torch.manual_seed(0)
+    model = randomised(timm.create_model(name, num_classes=5, dtype=torch.float64, **args))
+    outputs_agree(model, torch.randn(2, 3, *size, dtype=torch.float64), 1e-11, pack=pack)
+
+
+@each_family
+def test_float32_stays_within_1e_5_and_bfloat16_within_its_rounding(family):
+    model, images = family.create().eval(), family.images()
+    outputs_agree(model, images, 1e-5)
+    with torch.no_grad():
+        got = fuse_for_inference(model, torch.bfloat16)(images.bfloat16())
+        assert got.dtype == torch.bfloat16
+        assert relative_error(got, model(images)) < 0.1
+
+
+@each_family
+def test_what_a_block_consists_of_is_taken_as_one(family):
+    fused = fuse_for_inference(family.create())
+    kinds = [type(module) for module in fused.modules()]
+    assert FoldedLinear in kinds
+    assert MlpBranch in kinds or ResponseMlp in kinds
+    assert not any(p.requires_grad for p in fused.parameters())
+    assert not any(module.training for module in fused.modules())
+
+
+@each_family
+def test_the_model_itself_stays_as_it_is(family):
+    model = family.create().train()
+    before = copy.deepcopy(model.state_dict())
+    fuse_for_inference(model)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@each_family
+def test_it_costs_as_many_multiplications(family):
+    """But for norms and scales, which neither counter of torch's counts."""
+    model, images = family.create().eval(), family.images(batch=1)
+
+    def flops(network):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(images)
+        return counter.get_total_flops()
+
+    assert flops(fuse_for_inference(model)) == pytest.approx(flops(model), rel=1e-6)
+
+
+@each_family
+def test_without_packing_only_standard_operators_are_left_for_export(family):
+    model = family.create().eval()
+    with use_ops("reference"):
+        program = torch.export.export(
+            fuse_for_inference(model, pack=False),
+            (family.images(),),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    assert not [node for node in program.graph.nodes if "vitrail" in str(node.target)]
+    images = family.images(batch=3)
+    with torch.no_grad():
+        assert relative_error(program.module()(images), model(images)) < 1e-5
+
+
+@each_family
+def test_it_compiles_to_one_graph_and_can_be_copied(family):
+    fused, images = fuse_for_inference(family.create()), family.images()
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), fused(images))
+
+
+def test_a_backbone_of_features_takes_the_form_too():
+    family = FAMILIES["biformer"]
+    model = family.create(features_only=True).eval()
+    images = family.images()
+    with torch.no_grad():
+        for got, want in zip(fuse_for_inference(model)(images), model(images), strict=True):
+            assert relative_error(got, want) < 1e-5
+
+
+def test_other_modules_keep_what_no_rule_knows():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+        def forward(self, x):
+            return self.layers(self.attention(x, x, x, need_weights=False)[0])
+
+    model, x = Two().eval(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse_for_inference(model)(x), model(x))
+
+
+def test_half_precision_is_left_to_stock_layers_and_packing_it_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    assert type(fuse_for_inference(model, torch.float16)[0]) is nn.Linear
+    with pytest.raises(
+        ValueError, match=r"pack=True needs a model on the CPU in .*, got torch.float16 on cpu"
+    ):
+        fuse_for_inference(model, torch.float16, pack=True)
