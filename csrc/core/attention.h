@@ -89,6 +89,7 @@ class QueryBlock {
             if (count <= kSpare) {
                 if (spares_ == kSpares) flush();
                 spare_[spares_++] = {panel, value, count, weight};
+                spare_keys_ += count;
                 continue;
             }
             panel_[groups_] = panel;
@@ -147,39 +148,60 @@ class QueryBlock {
          ...);
     }
 
+    // The three steps of R rows: scores, their maxima, and the rest. `hand` is 0 or 1: the scores of the next
+    // rows are computed in the other one before the weights of these, which wait for the maxima.
     template <int R>
-    VITRAIL_INLINE void attend_rows(int row) {
-        const int lanes = groups_ * g;
-        V spare[kSpares * kSpare + 1];  // scores
-        score<R>(q_ + row * query_row_);
-        adjust<R>(row, lanes);
-        if constexpr (kSpare > 0) score_spares<R>(row, spare);
-        const V rescale = soften<R>(row, int(round_up(lanes, W)), spare);
+    VITRAIL_INLINE void score(int row, int hand) {
+        const E* const q = q_ + row * query_row_;
+        int first = 0;
+        if constexpr (G == 4)
+            for (; groups_ > first; first += 4) score_tile<R, 4>(q, first, hand);
+        if constexpr (G == 1 && kTileVectors >= 4) {
+            if constexpr (kPaired)  // others would leave no registers to the exponential
+                for (; groups_ - first > 3; first += 4) score_tile<R, 4>(q, first, hand);
+            for (; groups_ - first == 3 || groups_ - first > 4; first += 3) score_tile<R, 3>(q, first, hand);
+        }
+        for (; groups_ - first > 1 || (G == 2 && groups_ > first); first += 2)
+            score_tile<R, 2>(q, first, hand);
+        if constexpr (G == 1)
+            for (; groups_ > first; ++first) score_tile<R, 1>(q, first, hand);
+        adjust<R>(row, groups_ * g, hand);
+        if constexpr (kSpare > 0) score_spares<R>(row, hand);
+    }
+
+    template <int R>
+    VITRAIL_OUTLINE void score_first(int row) {
+        score<R>(row, 0);
+    }
+
+    template <int R>
+    VITRAIL_INLINE V find_maxima(int row, int hand) const {
+        V top[kRows];
+        for (int r = 0; r < kRows; ++r) top[r] = broadcast(kLowest);
+        for (int i = 0; i < groups_ * g; i += W)
+            for (int r = 0; r < R; ++r) top[r] = maximum(top[r], load(scores_[hand][r] + i));
+        V now = maximum(load(max_ + row), reduce_rows<T>(top, Max()));
+        if constexpr (kSpare > 0)
+            for (int i = 0; i < spare_keys_; ++i) now = maximum(now, spare_scores_[hand][i]);
+        return now;
+    }
+
+    template <int R>
+    VITRAIL_INLINE void weigh(int row, V now, int hand) {
+        const V rescale = soften<R>(row, now, hand);
         T* const out = out_ + row * layout_.value_row;
         int64_t column = 0;
         if constexpr (kTileVectors >= 4)
             for (; column + 4 * W <= layout_.value_row; column += 4 * W)
-                value_tile<R, 4>(out, column, rescale);
-        for (; column + 2 * W <= layout_.value_row; column += 2 * W) value_tile<R, 2>(out, column, rescale);
-        for (; column < layout_.value_row; column += W) value_tile<R, 1>(out, column, rescale);
-    }
-
-    template <int R>
-    VITRAIL_INLINE void score(const E* q) {
-        int first = 0;
-        if constexpr (kTileVectors >= 4) {
-            for (; groups_ - first > 3 || (G == 4 && groups_ > first); first += 4) score_tile<R, 4>(q, first);
-            if constexpr (G == 1)
-                if (groups_ - first == 3) return score_tile<R, 3>(q, first);
-        }
-        for (; groups_ - first > 1 || (G == 2 && groups_ > first); first += 2) score_tile<R, 2>(q, first);
-        if constexpr (G == 1)
-            for (; groups_ > first; ++first) score_tile<R, 1>(q, first);
+                value_tile<R, 4>(out, column, rescale, hand);
+        for (; column + 2 * W <= layout_.value_row; column += 2 * W)
+            value_tile<R, 2>(out, column, rescale, hand);
+        for (; column < layout_.value_row; column += W) value_tile<R, 1>(out, column, rescale, hand);
     }
 
     // Scores of R rows and N groups; past the last group the last one is repeated, and masked later.
     template <int R, int N>
-    VITRAIL_INLINE void score_tile(const E* q, int first) {
+    VITRAIL_INLINE void score_tile(const E* q, int first, int hand) {
         if constexpr (N % G == 0) {
             const E* panel[N];
             for (int j = 0; j < N; ++j) panel[j] = panel_[first + j < groups_ ? first + j : groups_ - 1];
@@ -198,7 +220,7 @@ class QueryBlock {
                 }
             }
             for (int r = 0; r < R; ++r) {
-                T* to = scores_[r] + first * g;
+                T* to = scores_[hand][r] + first * g;
                 for (int j = 0; j < N; j += G) {
                     V s;
                     if constexpr (G == 1) s = acc[r][j];
@@ -214,11 +236,12 @@ class QueryBlock {
 
     // Scores of spare keys: a vector each, whose lanes are rows.
     template <int R>
-    VITRAIL_INLINE void score_spares(int row, V* spare) {
+    VITRAIL_INLINE void score_spares(int row, int hand) {
         constexpr T log2_e = T(1.44269504088896340736);
         int64_t lane = seen_ + groups_ * g;
+        V* to = spare_scores_[hand];
         for (int i = 0; i < spares_; ++i)
-            for (int key = 0; key < spare_[i].count; ++key, ++lane, ++spare) {
+            for (int key = 0; key < spare_[i].count; ++key, ++lane) {
                 const E* const k = spare_[i].keys + key * query_row_;
                 V sum[kRows] = {};
                 for (int64_t c = 0; c < query_row_; c += W * P::kDepth)
@@ -229,90 +252,75 @@ class QueryBlock {
                 if (weighted_) s *= spare_[i].weight;
                 if (bias_)
                     for (int r = 0; r < R; ++r) s[r] += bias_[(row + r) * bias_row_ + lane] * log2_e;
-                *spare = s;
+                *to++ = s;
             }
     }
 
     // What is not the same for all keys: weights, biases, and lanes without a key.
     template <int R>
-    VITRAIL_INLINE void adjust(int row, int lanes) {
+    VITRAIL_INLINE void adjust(int row, int lanes, int hand) {
+        auto& scores = scores_[hand];
         constexpr T log2_e = T(1.44269504088896340736);
         if (weighted_)
             for (int r = 0; r < R; ++r)
                 for (int i = 0; i < lanes; i += g)
-                    store(scores_[r] + i, load<T, g>(scores_[r] + i) * load<T, g>(lane_weight_ + i));
+                    store(scores[r] + i, load<T, g>(scores[r] + i) * load<T, g>(lane_weight_ + i));
         if (bias_)
             for (int r = 0; r < R; ++r) {
                 const T* const bias = bias_ + (row + r) * bias_row_ + seen_;
                 for (int i = 0; i < lanes; i += g)
-                    store(scores_[r] + i, load<T, g>(scores_[r] + i) + load<T, g>(bias + i) * log2_e);
+                    store(scores[r] + i, load<T, g>(scores[r] + i) + load<T, g>(bias + i) * log2_e);
             }
         for (int group = 0; group < groups_; ++group)
-            if (count_[group] < g) mask<R>(group * g, count_[group]);
-        for (int i = lanes; i < int(round_up(lanes, W)); i += g) mask<R>(i, 0);
+            if (count_[group] < g) mask<R>(group * g, count_[group], hand);
+        for (int i = lanes; i < int(round_up(lanes, W)); i += g) mask<R>(i, 0, hand);
     }
 
     // Of the g lanes from `first` on, `count` have a key.
     template <int R>
-    VITRAIL_INLINE void mask(int first, int count) {
+    VITRAIL_INLINE void mask(int first, int count, int hand) {
+        auto& scores = scores_[hand];
         using Bit = typename BitsOf<T>::type;
         Vec<Bit, g> lane;
         for (int i = 0; i < g; ++i) lane[i] = Bit(i);
         for (int r = 0; r < R; ++r) {
-            const Vec<T, g> s = load<T, g>(scores_[r] + first);
-            store(scores_[r] + first, lane < Bit(count) ? s : broadcast<T, g>(-T(__builtin_inf())));
+            const Vec<T, g> s = load<T, g>(scores[r] + first);
+            store(scores[r] + first, lane < Bit(count) ? s : broadcast<T, g>(-T(__builtin_inf())));
         }
     }
 
-    // Turns the scores of R rows into weights relative to the row's new maximum; returns what the outputs so
-    // far must be multiplied by.
+    // Turns scores into weights relative to the rows' new maxima; returns what the outputs so far must be
+    // multiplied by. Only the first R lanes of vectors of rows count.
     template <int R>
-    VITRAIL_INLINE V soften(int row, int lanes, const V* spare) {
-        V top[kRows], total[kRows] = {};
-        for (int r = 0; r < kRows; ++r) top[r] = broadcast(kLowest);
-        for (int i = 0; i < lanes; i += W)
-            for (int r = 0; r < R; ++r) top[r] = maximum(top[r], load(scores_[r] + i));
-        const V before = load_rows<R>(max_ + row);
-        V now = maximum(before, reduce_rows<T>(top, Max()));
-        if constexpr (kSpare > 0)
-            for (int i = 0, n = 0; i < spares_; ++i)
-                for (int key = 0; key < spare_[i].count; ++key) now = maximum(now, spare[n++]);
-        for (int i = 0; i < lanes; i += W) {
+    VITRAIL_INLINE V soften(int row, V now, int hand) {
+        V total[kRows] = {};
+        for (int i = 0; i < groups_ * g; i += W) {
             for (int r = 0; r < R; ++r) {
-                V p = exp2_negative<W>(load(scores_[r] + i) - broadcast(T(now[r])));
+                V p = exp2_negative<W>(load(scores_[hand][r] + i) - broadcast(T(now[r])));
                 total[r] += p;
                 if (weighted_) p *= load(lane_weight_ + i);
-                store_weights(weights(r) + i, p);
+                store_weights(weights(hand, r) + i, p);
             }
         }
-        const V factor = exp2_negative<W>(before - now);
-        V sums = load_rows<R>(sum_ + row) * factor + reduce_rows<T>(total, Add());
+        const V factor = exp2_negative<W>(load(max_ + row) - now);
+        V sums = load(sum_ + row) * factor + reduce_rows<T>(total, Add());
         if constexpr (kSpare > 0)
-            for (int i = 0; i < spares_; ++i)
-                for (int key = 0; key < spare_[i].count; ++key, ++spare) {
-                    V p = exp2_negative<W>(*spare - now);
+            for (int i = 0, n = 0; i < spares_; ++i)
+                for (int key = 0; key < spare_[i].count; ++key) {
+                    V p = exp2_negative<W>(spare_scores_[hand][n++] - now);
                     sums += p;
                     if (weighted_) p *= spare_[i].weight;
                     alignas(64) E rounded[W];
                     store_weights(rounded, p);
                     for (int r = 0; r < R; ++r) spare_weights_[i][r][key] = rounded[r];
                 }
-        for (int r = 0; r < R; ++r) {
-            max_[row + r] = now[r];
-            sum_[row + r] = sums[r];
-        }
+        __builtin_memcpy(max_ + row, &now, R * sizeof(T));
+        __builtin_memcpy(sum_ + row, &sums, R * sizeof(T));
         return factor;
     }
 
-    template <int R>
-    VITRAIL_INLINE static V load_rows(const T* rows) {
-        V v = {};
-        for (int r = 0; r < R; ++r) v[r] = rows[r];
-        return v;
-    }
-
     template <int R, int N>
-    VITRAIL_INLINE void value_tile(T* out, int64_t column, V rescale) {
+    VITRAIL_INLINE void value_tile(T* out, int64_t column, V rescale, int hand) {
         const int64_t stride = layout_.value_row;
         V acc[R][N] = {};
         if (started_)
@@ -322,7 +330,7 @@ class QueryBlock {
             const E* v = values_[group] + column * P::kDepth;
             const int count = count_[group];
             for (int key = 0; key < count; key += P::kDepth, v += stride * P::kDepth)
-                add_value<R, N>(v, weights(0) + group * g + key, kScores, acc);
+                add_value<R, N>(v, weights(hand, 0) + group * g + key, kScores, acc);
         }
         if constexpr (kSpare > 0)
             for (int i = 0; i < spares_; ++i) {
@@ -352,11 +360,11 @@ class QueryBlock {
         else
             store(to, p);
     }
-    VITRAIL_INLINE E* weights(int r) {
+    VITRAIL_INLINE E* weights(int hand, int r) {
         if constexpr (kPaired)
             return weights_[r];
         else
-            return scores_[r];
+            return scores_[hand][r];
     }
 
     struct Spare {
@@ -373,7 +381,7 @@ class QueryBlock {
     T* const out_;
     const T* bias_ = nullptr;
     int64_t bias_row_ = 0;
-    int rows_ = 0, groups_ = 0, spares_ = 0;
+    int rows_ = 0, groups_ = 0, spares_ = 0, spare_keys_ = 0;
     int64_t seen_ = 0;      // lanes before the current groups
     bool started_ = false;  // whether there are outputs
     const E* panel_[kGroups];
@@ -381,61 +389,31 @@ class QueryBlock {
     int count_[kGroups];
     Spare spare_[kSpares];
     E spare_weights_[kSpares][kRows][kSpareRow] = {};
-    alignas(64) T max_[kQueryBlock], sum_[kQueryBlock];
-    alignas(64) T scores_[kRows][kScores];
+    V spare_scores_[2][kSpares * kSpare + 1];
+    alignas(64) T max_[kQueryBlock + W], sum_[kQueryBlock + W];
+    alignas(64) T scores_[2][kRows][kScores];
     alignas(64) E weights_[kPaired ? kRows : 1][kPaired ? kScores : 1];
     alignas(64) T lane_weight_[kScores];
 };
 
 template <class E, int G>
 void QueryBlock<E, G>::attend() {
-    int row = 0;
-    for (; row + kRows <= rows_; row += kRows) attend_rows<kRows>(row);
-    if (rows_ - row == 1) attend_rows<1>(row);
-    if (rows_ - row > 1) attend_rows<kRows>(row);
+    // a single last row is not worth four
+    const int last = rows_ % kRows == 1 ? rows_ - 1 : rows_;
+    int hand = 0;
+    if (last > 0) score_first<kRows>(0);
+    for (int row = 0; row < last; row += kRows, hand ^= 1) {
+        const V now = find_maxima<kRows>(row, hand);
+        if (row + kRows < last) score<kRows>(row + kRows, hand ^ 1);
+        weigh<kRows>(row, now, hand);
+    }
+    if (last < rows_) {
+        score_first<1>(last);
+        weigh<1>(last, find_maxima<1>(last, 0), 0);
+    }
     seen_ += groups_ * g;
-    groups_ = spares_ = 0;
+    groups_ = spares_ = spare_keys_ = 0;
     started_ = true;
 }
-
-// What is not inline is compiled once, in attention_kernel.cpp, for all operators: for these types and
-// groupings (G).
-#if defined(__AVX512F__)
-#define VITRAIL_GROUPINGS(M, S, ...) M(S, 1, __VA_ARGS__) M(S, 2, __VA_ARGS__) M(S, 4, __VA_ARGS__)
-#define VITRAIL_GROUPINGS64(M, S, ...) M(S, 1, __VA_ARGS__) M(S, 2, __VA_ARGS__)
-#elif defined(__AVX2__)
-#define VITRAIL_GROUPINGS(M, S, ...) M(S, 1, __VA_ARGS__) M(S, 2, __VA_ARGS__)
-#define VITRAIL_GROUPINGS64(M, S, ...) M(S, 1, __VA_ARGS__)
-#else
-#define VITRAIL_GROUPINGS(M, S, ...) M(S, 1, __VA_ARGS__)
-#define VITRAIL_GROUPINGS64(M, S, ...) M(S, 1, __VA_ARGS__)
-#endif
-
-#define VITRAIL_STORAGE_PARTS(S, G, ...)                                                              \
-    __VA_ARGS__ template void pack_group<S, G>(const BlockLayout<Packed<S>, G>&, const void* const*,  \
-                                               int64_t, const void* const*, int64_t, int64_t, int,    \
-                                               Packed<S>*);                                           \
-    __VA_ARGS__ template void QueryBlock<Packed<S>, G>::load_queries<S>(const void* const*, int64_t); \
-    __VA_ARGS__ template void QueryBlock<Packed<S>, G>::store_results<S>(void* const*, int64_t,       \
-                                                                         void* const*, int64_t) const;
-#define VITRAIL_BLOCK_PARTS(E, G, ...)                    \
-    __VA_ARGS__ template void QueryBlock<E, G>::attend(); \
-    __VA_ARGS__ template void QueryBlock<E, G>::finish();
-#if defined(__AVX512BF16__)
-#define VITRAIL_BFLOAT16_BLOCKS(...) VITRAIL_GROUPINGS(VITRAIL_BLOCK_PARTS, BFloat16, __VA_ARGS__)
-#else
-#define VITRAIL_BFLOAT16_BLOCKS(...)
-#endif
-
-#define VITRAIL_ATTENTION_PARTS(...)                                \
-    VITRAIL_GROUPINGS(VITRAIL_STORAGE_PARTS, float, __VA_ARGS__)    \
-    VITRAIL_GROUPINGS(VITRAIL_STORAGE_PARTS, BFloat16, __VA_ARGS__) \
-    VITRAIL_GROUPINGS(VITRAIL_STORAGE_PARTS, Float16, __VA_ARGS__)  \
-    VITRAIL_GROUPINGS64(VITRAIL_STORAGE_PARTS, double, __VA_ARGS__) \
-    VITRAIL_GROUPINGS(VITRAIL_BLOCK_PARTS, float, __VA_ARGS__)      \
-    VITRAIL_GROUPINGS64(VITRAIL_BLOCK_PARTS, double, __VA_ARGS__)   \
-    VITRAIL_BFLOAT16_BLOCKS(__VA_ARGS__)
-
-VITRAIL_ATTENTION_PARTS(extern)
 
 }  // namespace vitrail::VITRAIL_ISA

@@ -1,5 +1,5 @@
 // The attention core for one instruction set. Compiled once per set, with -DVITRAIL_ISA=<namespace>.
-#include "attention.h"
+#include "attention_parts.h"
 
 namespace vitrail::VITRAIL_ISA {
 

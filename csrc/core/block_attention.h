@@ -2,7 +2,7 @@
 // to.
 #pragma once
 
-#include "attention.h"
+#include "attention_parts.h"
 #include "block_addresses.h"
 
 namespace vitrail::VITRAIL_ISA {
