@@ -96,3 +96,19 @@ def check_routes_in_range(routes: Tensor, regions: int) -> None:
             f"routes{at} is {int(routes[tuple(at)])}, but there are {regions} key regions: "
             f"allowed are 0 to {regions - 1}"
         )
+
+
+def check_token_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
+    """Queries `(B, Nq, C)`, keys `(B, Nk, C)` and values `(B, Nk, Cv)` of one attention."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tokens(name, x)
+        check_like(name, x, "q", q)
+    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"q and k must agree in batch and channels, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if k.shape[1] < 1:
+        raise ValueError(f"k must hold at least one token, got shape {tuple(k.shape)}")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"k and v must hold the same tokens, got {tuple(k.shape)} and {tuple(v.shape)}")
+    check_heads(num_heads, q, v)

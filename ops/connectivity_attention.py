@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._attention import join_heads, split_heads
-from ._checks import check_heads, check_like, check_parameter, check_tokens
+from ._checks import check_parameter, check_token_attention, check_tokens
 from ._operator import Operator, wide_dtype
 from .connectivity_topk import check_candidates_in_range, check_choice, connectivity_topk
 from .connectivity_topk import reference as choose
@@ -117,16 +117,7 @@ def _check(
     num_pruned: int,
     num_heads: int,
 ) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tokens(name, x)
-        check_like(name, x, "q", q)
-    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
-        raise ValueError(
-            f"q and k must agree in batch and channels, got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if v.shape[:2] != k.shape[:2]:
-        raise ValueError(f"k and v must hold the same tokens, got {tuple(k.shape)} and {tuple(v.shape)}")
-    check_heads(num_heads, q, v)
+    check_token_attention(q, k, v, num_heads)
     check_tokens("compressed", compressed)
     width = q.shape[2] // num_heads
     if projection is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._attention import join_heads, split_heads
-from ._checks import check_heads, check_like, check_tokens
+from ._checks import check_token_attention
 from ._operator import Operator, wide_dtype
 
 # --- the definition ---------------------------------------------------------------------------------------------------
@@ -81,18 +81,7 @@ _operator = Operator(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, num_heads: int) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tokens(name, x)
-        check_like(name, x, "q", q)
-    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
-        raise ValueError(
-            f"q and k must agree in batch and channels, got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if k.shape[1] < 1:
-        raise ValueError(f"k must hold at least one token, got shape {tuple(k.shape)}")
-    if v.shape[:2] != k.shape[:2]:
-        raise ValueError(f"k and v must hold the same tokens, got {tuple(k.shape)} and {tuple(v.shape)}")
-    check_heads(num_heads, q, v)
+    check_token_attention(q, k, v, num_heads)
     if not isinstance(keys, Tensor):
         raise TypeError(f"keys must be a tensor of key numbers, got {type(keys).__name__}")
     if keys.dtype not in (torch.int64, torch.int32):

@@ -77,6 +77,7 @@ class ConnectivityPredictor(nn.Module):
         self.basis_coef_threshold = basis_coef_threshold
         self.attn_score_threshold = attn_score_threshold
         reduced = head_dim // reduce_c_factor
+        self.projects_tokens = num_basis * (head_dim - reduced) > head_dim * reduced  # before they are compressed
         self.q_down = nn.Linear(head_dim, reduced, **dd)
         self.k_down = nn.Linear(head_dim, reduced, **dd)
         self.token_down = nn.Parameter(torch.empty(num_tokens, num_basis, **dd))
@@ -111,17 +112,15 @@ class ConnectivityPredictor(nn.Module):
             tokens: `(B, tokens)` which tokens of the image these are, where some were pruned.
         """
         down = self.token_down.expand(k.shape[0], -1, -1) if tokens is None else self.token_down[tokens]
-        reduced, width = self.k_down.weight.shape
-        heads = [self.num_heads, width]
-        tokens_first = self.token_down.shape[1] * (width - reduced) > width * reduced
-        if tokens_first:
+        heads = [self.num_heads, self.k_down.in_features]
+        if self.projects_tokens:
             k = F.linear(k.unflatten(2, heads), self.k_down.weight).flatten(2)
-            keys = (down.transpose(1, 2) @ k).unflatten(2, [self.num_heads, reduced])
+            keys = (down.transpose(1, 2) @ k).unflatten(2, [self.num_heads, self.k_down.out_features])
         else:
             keys = F.linear((down.transpose(1, 2) @ k).unflatten(2, heads), self.k_down.weight)
         keys = (keys + down.sum(1)[:, :, None, None] * self.k_down.bias) * self.scale
         offset = (keys * self.q_down.bias).sum(-1)
-        if tokens_first:
+        if self.projects_tokens:
             return keys.flatten(2), offset, self.q_down.weight
         return (keys @ self.q_down.weight).flatten(2), offset, None
 

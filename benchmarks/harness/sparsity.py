@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.ops import connectivity_topk, sparse_attention
+from vitrail.ops import connectivity_attention, connectivity_topk, sparse_attention
 
 from .problems import Function, Problem, Setting
 
@@ -93,14 +93,36 @@ def _sparse(tokens: int, batch: int, dtype: torch.dtype) -> Problem:
 
 
 def _both(tokens: int, batch: int, dtype: torch.dtype) -> Problem:
-    qkv, logits, basis, choose = _inputs(tokens, batch, dtype)
+    """From queries and compressed keys on, as in the model: where there are many rows, queries are projected first."""
+    qkv, _, basis, _ = _inputs(tokens, batch, dtype)
+    width = _CHANNELS // _HEADS
+    projection = torch.randn(width // 2, width).to(dtype) / width**0.5 if len(basis) > width else None
+    channels = _CHANNELS if projection is None else _CHANNELS // 2
+    compressed = torch.randn(batch, len(basis), channels).to(dtype) / width**0.5
+    offset = torch.randn(batch, len(basis), _HEADS).to(dtype)
     count = ceil(0.25 * tokens)
 
     def operator(qkv: Tensor) -> Tensor:
         q, k, v = qkv.chunk(3, -1)
-        return sparse_attention(q[:, 1:], k, v, choose(logits, basis), _HEADS)
+        return connectivity_attention(
+            q[:, 1:],
+            k,
+            v,
+            compressed,
+            offset,
+            basis,
+            _HEADS,
+            num_keys=count,
+            num_coefficients=_COEFFICIENTS,
+            basis_threshold=_THRESHOLD,
+            projection=projection,
+        )
 
     def stock(qkv: Tensor) -> Tensor:
+        q = _split(qkv.detach())[0]
+        q = q if projection is None else F.linear(q, projection)
+        keys = compressed.unflatten(-1, (_HEADS, -1)).permute(0, 2, 3, 1)
+        logits = q @ keys + offset.transpose(1, 2).unsqueeze(2)
         return _masked_sdpa(qkv, _bag_topk(logits, basis, count))
 
     return Problem((qkv,), operator, {"topk + SDPA": stock}, yardsticks={DENSE: _attend}, chooses=True)
@@ -121,7 +143,12 @@ SETTINGS = tuple(
     for operator, build, kernels, trains in (
         ("sparse_attention", _sparse, (), True),
         ("connectivity_topk", _choice, (), False),
-        ("connectivity_topk + sparse_attention", _both, ("connectivity_topk", "sparse_attention"), True),
+        (
+            "connectivity_attention",
+            _both,
+            ("connectivity_attention", "connectivity_topk", "sparse_attention"),
+            True,
+        ),
     )
     for tokens in (197, 1025, 4097)
 )

@@ -69,19 +69,4 @@ class Scratch {
     int64_t size_ = 0;
 };
 
-// Calls action with a value of the storage type.
-template <class Action>
-VITRAIL_INLINE auto with_storage(Storage storage, Action action) {
-    switch (storage) {
-        case Storage::kFloat64:
-            return action(double());
-        case Storage::kBFloat16:
-            return action(BFloat16());
-        case Storage::kFloat16:
-            return action(Float16());
-        default:
-            return action(float());
-    }
-}
-
 }  // namespace vitrail::VITRAIL_ISA

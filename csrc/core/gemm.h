@@ -120,14 +120,6 @@ __attribute__((noinline)) void multiply_tile(const Factors<S>& f, Compute<S>* c,
     for_each([&](auto r, auto j) VITRAIL_INLINED { store(c + r * c_row + j * W, sum[r][j]); });
 }
 
-template <class S, int N, int M = kTileRows>
-VITRAIL_INLINE void multiply_rows(int rows, const Factors<S>& f, Compute<S>* c, int64_t c_row, bool add) {
-    if (rows == M)
-        multiply_tile<S, M, N>(f, c, c_row, add);
-    else if constexpr (M > 1)
-        multiply_rows<S, N, M - 1>(rows, f, c, c_row, add);
-}
-
 // `rows` rows and `vectors` vectors of columns of C. Every element sums in the order of the depth, whatever
 // the tiles, so that results depend neither on the shape of a call nor on the number of threads.
 template <class S>
@@ -144,10 +136,12 @@ VITRAIL_INLINE void multiply(int64_t rows, int64_t vectors, Factors<S> f, Comput
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int count = int((rows - row + tiles - tile - 1) / (tiles - tile));
             f.a = first + row * f.a_row;
-            if (wide == 1)
-                multiply_rows<S, 1>(count, f, c + row * c_row + column * W, c_row, add);
-            else
-                multiply_rows<S, kTileColumns>(count, f, c + row * c_row + column * W, c_row, add);
+            with_count<kTileColumns>(wide, [&](auto n) VITRAIL_INLINED {
+                with_count<kTileRows>(count, [&](auto m) VITRAIL_INLINED {
+                    multiply_tile<S, decltype(m)::kValue, decltype(n)::kValue>(
+                        f, c + row * c_row + column * W, c_row, add);
+                });
+            });
             row += count;
         }
         f.b += wide * W * P::kDepth;

@@ -4,6 +4,7 @@
 // so that no compiler support for them is needed and every instruction set rounds alike (to nearest even).
 #pragma once
 
+#include "tensors.h"
 #include "vec.h"
 
 #if defined(__AVX512F__)
@@ -128,6 +129,21 @@ VITRAIL_INLINE void narrow_some(S* to, Vec<Compute<S>, 4> v, int64_t count) {
     S some[4];
     narrow<4>(some, v);
     __builtin_memcpy(to, some, count * sizeof(S));
+}
+
+// Calls action with a value of the storage type.
+template <class Action>
+VITRAIL_INLINE auto with_storage(Storage storage, Action action) {
+    switch (storage) {
+        case Storage::kFloat64:
+            return action(double());
+        case Storage::kBFloat16:
+            return action(BFloat16());
+        case Storage::kFloat16:
+            return action(Float16());
+        default:
+            return action(float());
+    }
 }
 
 }  // namespace vitrail::VITRAIL_ISA

@@ -54,6 +54,7 @@ constexpr int kLanes = kVectorBytes / int(sizeof(T)) < 4 ? 4 : kVectorBytes / in
 
 template <int I>
 struct Index {
+    static constexpr int kValue = I;
     VITRAIL_INLINE constexpr operator int() const { return I; }
 };
 
@@ -67,6 +68,15 @@ VITRAIL_INLINE void unroll(std::integer_sequence<int, I...>, Body body) {
 template <int N, class Body>
 VITRAIL_INLINE void unroll(Body body) {
     unroll(std::make_integer_sequence<int, N>(), body);
+}
+
+// Calls body(count), whose argument is a constant, for a count from 1 to Most.
+template <int Most, class Body>
+VITRAIL_INLINE void with_count(int count, Body body) {
+    if (count == Most)
+        body(Index<Most>());
+    else if constexpr (Most > 1)
+        with_count<Most - 1>(count, body);
 }
 
 template <class T, int N = kLanes<T>>

@@ -52,7 +52,6 @@ void run_forward(const BlockKernels<Arguments>& kernels, const Arguments& a, int
     // Less work than this, in bytes or multiplications, is not worth waking another thread for.
     constexpr double kPackGrain = 0x1p17, kAttendGrain = 0x1p20;
     const BlockPlan plan = kernels.plan(a);
-    const auto grain = [](double least, double work) { return int64_t(std::clamp(least / work, 1.0, 1e9)); };
     const auto attend = [&](int64_t first, int64_t count, const void* packed) {
         parallel(count * plan.attend_tasks, grain(kAttendGrain, plan.work), [&](int64_t begin, int64_t end) {
             AlignedBuffer scratch(plan.scratch);
@@ -143,8 +142,7 @@ void run_gradients(const BlockKernels<Arguments>& kernels, const Arguments& a, c
                    int64_t images) {
     constexpr double kGrain = 0x1p20;  // multiplications
     const GradientPlan plan = kernels.gradient_plan(a);
-    const int64_t grain = int64_t(std::clamp(kGrain / plan.work, 1.0, 1e9));
-    parallel(images * plan.tasks, grain, [&](int64_t begin, int64_t end) {
+    parallel(images * plan.tasks, grain(kGrain, plan.work), [&](int64_t begin, int64_t end) {
         AlignedBuffer scratch(plan.scratch);
         kernels.gradients(a, g, scratch.data, begin, end);
     });

@@ -46,12 +46,11 @@ void run(const ChannelAttention& a, const ChannelAttentionSteps& steps, double p
     AlignedBuffer sums(tasks * plan.sums), matrices(heads * plan.matrices);
     const double square = double(a.head_dim) * double(a.head_dim);
     const double work = products * square * double(a.height * a.width) / double(plan.chunks);
-    const auto grain = [](double work) { return int64_t(std::clamp(kGrain / work, 1.0, 1e9)); };
     const auto weigh = [&](void* scratch, int64_t begin, int64_t end) {
         steps.weigh(a, sums.data, matrices.data, scratch, begin, end);
     };
     if (plan.chunks == 1)  // a head's steps follow each other while its channels are in cache
-        return parallel(heads, grain(2 * work), [&](int64_t begin, int64_t end) {
+        return parallel(heads, grain(kGrain, 2 * work), [&](int64_t begin, int64_t end) {
             AlignedBuffer scratch(plan.scratch);
             for (int64_t head = begin; head < end; ++head) {
                 steps.sum(a, sums.data, scratch.data, head, head + 1);
@@ -59,15 +58,15 @@ void run(const ChannelAttention& a, const ChannelAttentionSteps& steps, double p
                 steps.apply(a, matrices.data, scratch.data, head, head + 1);
             }
         });
-    parallel(tasks, grain(work), [&](int64_t begin, int64_t end) {
+    parallel(tasks, grain(kGrain, work), [&](int64_t begin, int64_t end) {
         AlignedBuffer scratch(plan.scratch);
         steps.sum(a, sums.data, scratch.data, begin, end);
     });
-    parallel(heads, grain(square * double(plan.chunks + 16)), [&](int64_t begin, int64_t end) {
+    parallel(heads, grain(kGrain, square * double(plan.chunks + 16)), [&](int64_t begin, int64_t end) {
         AlignedBuffer scratch(plan.scratch);
         weigh(scratch.data, begin, end);
     });
-    parallel(tasks, grain(work), [&](int64_t begin, int64_t end) {
+    parallel(tasks, grain(kGrain, work), [&](int64_t begin, int64_t end) {
         AlignedBuffer scratch(plan.scratch);
         steps.apply(a, matrices.data, scratch.data, begin, end);
     });

@@ -235,16 +235,7 @@ class Backward : Steps<S> {
 
 template <template <class> class Kernel, class Action>
 auto with_kernel(const ChannelAttention& a, Action action) {
-    switch (a.storage) {
-        case Storage::kFloat64:
-            return action(Kernel<double>(a));
-        case Storage::kBFloat16:
-            return action(Kernel<BFloat16>(a));
-        case Storage::kFloat16:
-            return action(Kernel<Float16>(a));
-        default:
-            return action(Kernel<float>(a));
-    }
+    return with_storage(a.storage, [&](auto s) { return action(Kernel<decltype(s)>(a)); });
 }
 
 template <template <class> class Kernel>

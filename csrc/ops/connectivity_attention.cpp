@@ -2,6 +2,7 @@
 #include "connectivity_attention.h"
 
 #include "connectivity_host.h"
+#include "token_host.h"
 
 namespace vitrail {
 namespace {
@@ -10,11 +11,7 @@ constexpr Checks kChecks("connectivity_attention");
 // Prepared keys, values and basis rows that one pass over the images may hold, per thread.
 constexpr int64_t kBytesPerThread = int64_t(1) << 20;
 // Fewer multiplications, or numbers copied, than this are not worth waking another thread for.
-constexpr int64_t kGrain = int64_t(1) << 16;
-
-int64_t grain(double multiplications_per_task) {
-    return std::max<int64_t>(1, int64_t(double(kGrain) / std::max(multiplications_per_task, 1.0)));
-}
+constexpr double kGrain = 0x1p16;
 
 void run(const ConnectivityAttention& a, int64_t images) {
     const ConnectivityBackend& kernel = VITRAIL_KERNELS(kConnectivityAttention);
@@ -28,16 +25,16 @@ void run(const ConnectivityAttention& a, int64_t images) {
                         (slots * double(a.head_dim + a.value_dim) + 16.0 * double(a.choice.keys));
     AlignedBuffer packed(together * plan.packed_image), basis((shared ? 1 : together) * plan.basis);
     const auto prepare = [&](int64_t first, int64_t count) {
-        parallel(count * plan.basis_tasks, grain(64.0 * double(a.choice.rows)),
+        parallel(count * plan.basis_tasks, grain(kGrain, 64.0 * double(a.choice.rows)),
                  [&](int64_t begin, int64_t end) { kernel.prepare(a, first, basis.data, begin, end); });
     };
     if (shared) prepare(0, 1);
     for (int64_t first = 0; first < images; first += together) {
         const int64_t count = std::min(together, images - first);
         if (!shared) prepare(first, count);
-        parallel(count * plan.pack_tasks, grain(64.0 * double(a.head_dim + a.value_dim)),
+        parallel(count * plan.pack_tasks, grain(kGrain, 64.0 * double(a.head_dim + a.value_dim)),
                  [&](int64_t begin, int64_t end) { kernel.pack(a, first, packed.data, begin, end); });
-        parallel(count * plan.attend_tasks, grain(work / double(plan.attend_tasks)),
+        parallel(count * plan.attend_tasks, grain(kGrain, work / double(plan.attend_tasks)),
                  [&](int64_t begin, int64_t end) {
                      AlignedBuffer scratch(plan.scratch);
                      kernel.attend(a, first, basis.data, packed.data, scratch.data, begin, end);
@@ -52,11 +49,7 @@ Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                               double score_threshold, int64_t num_dense, int64_t num_pruned,
                               int64_t num_heads, double scale) {
     ConnectivityAttention a = {};
-    a.storage = kChecks.storage("q", q);
-    kChecks.heads(num_heads);
-    kChecks.tokens("q", q, q, num_heads);
-    kChecks.tokens("k", k, q, num_heads);
-    kChecks.tokens("v", v, q, num_heads);
+    set_tokens(kChecks, q, k, v, num_heads, scale, a);
     const ScalarType compute = compute_type(a.storage);
     kChecks.on_cpu("compressed", compressed);
     kChecks.dtype("compressed", compressed, compute);
@@ -76,9 +69,6 @@ Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v,
     }
     kChecks.shape("compressed", compressed, {q.size(0), compressed.size(1), num_heads * a.compressed_dim});
     kChecks.contiguous_channels("compressed", compressed);
-    if (k.size(2) != q.size(2))
-        kChecks.fail("k must have the channels of q, ", q.size(2), ", got ", k.size(2));
-    if (v.size(1) != k.size(1)) kChecks.fail("v must have the tokens of k, ", k.size(1), ", got ", v.size(1));
     kChecks.on_cpu("offset", offset);
     kChecks.dtype("offset", offset, compute);
     kChecks.shape("offset", offset, {q.size(0), compressed.size(1), num_heads});
@@ -92,22 +82,13 @@ Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v,
         kChecks.fail("num_dense must lie between 0 and the number of queries, ", q.size(1), ", got ",
                      num_dense);
     if (num_pruned < 0) kChecks.fail("num_pruned must not be negative, got ", num_pruned);
-    a.q = tokens_of(q);
-    a.k = tokens_of(k);
-    a.v = tokens_of(v);
     a.compressed = tokens_of(compressed);
     a.offset = offset.const_data_ptr();
     a.offset_image = offset.stride(0);
     a.offset_row = offset.stride(1);
     a.offset_head = offset.stride(2);
-    a.queries = q.size(1);
-    a.tokens = k.size(1);
-    a.heads = num_heads;
-    a.head_dim = q.size(2) / num_heads;
-    a.value_dim = v.size(2) / num_heads;
     a.num_dense = num_dense;
     a.num_pruned = num_pruned;
-    a.scale = scale;
     // in floating point because it may overflow: what is prepared of one image
     const double packed = 16.0 * double(num_heads) *
                           double(a.head_dim + a.value_dim + a.compressed_dim + 64) *
@@ -120,10 +101,7 @@ Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v,
     a.choice.wrong_candidate = &wrong;
     a.out = tokens_of(out);
     run(a, q.size(0));
-    if (wrong) {
-        refuse_wrong_candidate(kChecks, a.choice, *candidates);
-        kChecks.fail("candidates changed while they were read");
-    }
+    if (wrong) refuse_candidates(kChecks, a.choice, *candidates);
     return out;
 }
 

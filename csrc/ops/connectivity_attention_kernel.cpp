@@ -213,16 +213,8 @@ class Kernel {
 
 template <class Action>
 auto with_kernel(const ConnectivityAttention& a, Action action) {
-    switch (a.storage) {
-        case Storage::kFloat64:
-            return action(Kernel<double>(a), double());
-        case Storage::kBFloat16:
-            return action(Kernel<BFloat16>(a), float());
-        case Storage::kFloat16:
-            return action(Kernel<Float16>(a), float());
-        default:
-            return action(Kernel<float>(a), float());
-    }
+    return with_storage(a.storage,
+                        [&](auto s) { return action(Kernel<decltype(s)>(a), Compute<decltype(s)>()); });
 }
 
 ConnectivityPlan plan(const ConnectivityAttention& a) {

@@ -72,4 +72,11 @@ inline void refuse_wrong_candidate(const Checks& checks, const Connectivity& c, 
         refuse_wrong_candidate<int32_t>(checks, c, candidates);
 }
 
+// Names the candidate that a kernel found to be wrong.
+[[noreturn]] inline void refuse_candidates(const Checks& checks, const Connectivity& c,
+                                           const Tensor& candidates) {
+    refuse_wrong_candidate(checks, c, candidates);
+    checks.fail("candidates changed while they were read");
+}
+
 }  // namespace vitrail

@@ -194,6 +194,12 @@ struct AlignedBuffer {
     void* const data;
 };
 
+// How many tasks a thread should take at least, so that waking it is worth while: `least` work, of which each
+// is `work`.
+inline int64_t grain(double least, double work) {
+    return int64_t(std::clamp(least / std::max(work, 1.0), 1.0, 1e9));
+}
+
 // Calls body(begin, end) for parts of [0, count), on torch's own threads.
 #if defined(__SANITIZE_THREAD__)
 // ThreadSanitizer knows nothing of the barriers of torch's OpenMP, so here are threads whose start and end it

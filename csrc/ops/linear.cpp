@@ -85,7 +85,7 @@ void run(const Linear& a, int64_t rows, int64_t blocks) {
     // few rows: the columns are shared out, too
     const int64_t parts = blocks >= threads ? 1 : std::min(panels, (2 * threads + blocks - 1) / blocks);
     const double work = double(rows) * double(a.depth) * double(a.columns) / double(blocks * parts);
-    parallel(blocks * parts, int64_t(kGrain / work), [&](int64_t begin, int64_t end) {
+    parallel(blocks * parts, grain(kGrain, work), [&](int64_t begin, int64_t end) {
         AlignedBuffer scratch(kernels.linear_scratch(a));
         for (int64_t task = begin; task < end; ++task) {
             const int64_t block = task / parts, part = task % parts;

@@ -7,11 +7,11 @@ namespace vitrail {
 namespace {
 
 // Fewer additions than this are not worth waking another thread for.
-constexpr int64_t kGrain = int64_t(1) << 16;
+constexpr double kGrain = 0x1p16;
 
 void means_of(const Tensor& grid, Storage storage, const Regions& regions, void* to) {
     const int64_t channels = grid.size(3), count = grid.size(0) * regions.count;
-    parallel(count, kGrain / std::max<int64_t>(regions.size * channels, 1), [&](int64_t begin, int64_t end) {
+    parallel(count, grain(kGrain, double(regions.size * channels)), [&](int64_t begin, int64_t end) {
         VITRAIL_KERNELS(kRegionRoute).means(storage, grid_of(grid), regions, channels, to, begin, end);
     });
 }
@@ -60,24 +60,25 @@ void route(Storage storage, const T* q, const T* k, int64_t images, int64_t quer
     const RegionRouteKernels& kernels = VITRAIL_KERNELS(kRegionRoute);
     const int64_t padded = (keys + kRegionPadding - 1) / kRegionPadding * kRegionPadding;
     AlignedBuffer turned(images * padded * channels * int64_t(sizeof(T)));
-    parallel(images * padded / 4, kGrain / (4 * channels), [&](int64_t begin, int64_t end) {
+    parallel(images * padded / 4, grain(kGrain, double(4 * channels)), [&](int64_t begin, int64_t end) {
         kernels.turn(storage, k, keys, channels, turned.data, begin, end);
     });
     const int64_t blocks = (queries + kRows - 1) / kRows;
-    parallel(images * blocks, kGrain / (keys * (channels + topk)), [&](int64_t begin, int64_t end) {
-        std::vector<T> scores(static_cast<size_t>(kRows * padded));
-        std::vector<Choice<T>> best;
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t image = i / blocks, first = i % blocks * kRows,
-                          rows = std::min(kRows, queries - first);
-            const int64_t query = image * queries + first;
-            kernels.scores(storage, q + query * channels, rows,
-                           static_cast<const T*>(turned.data) + image * padded * channels, keys, channels,
-                           scores.data());
-            for (int64_t r = 0; r < rows; ++r)
-                choose(scores.data() + r * padded, keys, topk, best, to + (query + r) * topk);
-        }
-    });
+    parallel(images * blocks, grain(kGrain, double(keys * (channels + topk))),
+             [&](int64_t begin, int64_t end) {
+                 std::vector<T> scores(static_cast<size_t>(kRows * padded));
+                 std::vector<Choice<T>> best;
+                 for (int64_t i = begin; i < end; ++i) {
+                     const int64_t image = i / blocks, first = i % blocks * kRows,
+                                   rows = std::min(kRows, queries - first);
+                     const int64_t query = image * queries + first;
+                     kernels.scores(storage, q + query * channels, rows,
+                                    static_cast<const T*>(turned.data) + image * padded * channels, keys,
+                                    channels, scores.data());
+                     for (int64_t r = 0; r < rows; ++r)
+                         choose(scores.data() + r * padded, keys, topk, best, to + (query + r) * topk);
+                 }
+             });
 }
 
 Tensor region_route(const Tensor& q, const Tensor& k, int64_t topk, const Sizes& region_size,

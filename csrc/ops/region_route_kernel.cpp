@@ -68,16 +68,7 @@ struct Kernel {
 
 template <class Action>
 void with_kernel(Storage storage, Action action) {
-    switch (storage) {
-        case Storage::kFloat64:
-            return action(Kernel<double>());
-        case Storage::kBFloat16:
-            return action(Kernel<BFloat16>());
-        case Storage::kFloat16:
-            return action(Kernel<Float16>());
-        default:
-            return action(Kernel<float>());
-    }
+    return with_storage(storage, [&](auto s) { return action(Kernel<decltype(s)>()); });
 }
 
 void means(Storage storage, const Grid& grid, const Regions& regions, int64_t channels, void* to,

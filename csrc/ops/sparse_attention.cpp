@@ -2,7 +2,7 @@
 // kernels.
 #include "sparse_attention.h"
 
-#include "host.h"
+#include "token_host.h"
 
 namespace vitrail {
 namespace {
@@ -11,19 +11,12 @@ constexpr Checks kChecks("sparse_attention"), kBackwardChecks("sparse_attention_
 // Widened keys and values that one pass over the images may hold, per thread.
 constexpr int64_t kPackedBytesPerThread = int64_t(1) << 20;
 // Fewer multiplications than this are not worth waking another thread for.
-constexpr int64_t kGrain = int64_t(1) << 16;
+constexpr double kGrain = 0x1p16;
 
 SparseAttention checked(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& keys, int64_t num_heads, double scale) {
     SparseAttention a = {};
-    a.storage = checks.storage("q", q);
-    checks.heads(num_heads);
-    checks.tokens("q", q, q, num_heads);
-    checks.tokens("k", k, q, num_heads);
-    checks.tokens("v", v, q, num_heads);
-    if (k.size(2) != q.size(2))
-        checks.fail("k must have the channels of q, ", q.size(2), ", got ", k.size(2));
-    if (v.size(1) != k.size(1)) checks.fail("v must have the tokens of k, ", k.size(1), ", got ", v.size(1));
+    set_tokens(checks, q, k, v, num_heads, scale, a);
     checks.on_cpu("keys", keys);
     if (keys.scalar_type() != ScalarType::Int && keys.scalar_type() != ScalarType::Long)
         checks.fail("keys must be int32 or int64, got ", name_of(keys.scalar_type()));
@@ -33,14 +26,6 @@ SparseAttention checked(const Checks& checks, const Tensor& q, const Tensor& k, 
                     ", ", q.size(1), ", slots), got ", shape_of(keys));
     if (keys.size(3) > kMaxExtent / 2)
         checks.fail("keys must have at most ", kMaxExtent / 2, " slots, got ", keys.size(3));
-    a.q = tokens_of(q);
-    a.k = tokens_of(k);
-    a.v = tokens_of(v);
-    a.queries = q.size(1);
-    a.tokens = k.size(1);
-    a.heads = num_heads;
-    a.head_dim = q.size(2) / num_heads;
-    a.value_dim = v.size(2) / num_heads;
     a.keys = keys.const_data_ptr();
     a.wide_keys = keys.scalar_type() == ScalarType::Long;
     a.keys_image = keys.stride(0);
@@ -48,7 +33,6 @@ SparseAttention checked(const Checks& checks, const Tensor& q, const Tensor& k, 
     a.keys_query = keys.stride(2);
     a.keys_slot = keys.stride(3);
     a.slots = keys.size(3);
-    a.scale = scale;
     // in floating point because it may overflow: keys, values and their gradients of one image
     const double packed = 16.0 * double(a.tokens) * double(num_heads) * double(a.head_dim + a.value_dim + 32);
     if (packed > 0x1p62) checks.fail("k and v need ", packed, " bytes for one image's keys");
@@ -80,11 +64,6 @@ void refuse_wrong_key(const Checks& checks, const SparseAttention& a, const Tens
         name_wrong_key<int32_t>(checks, a, keys);
 }
 
-// How many tasks a thread should take at least.
-int64_t grain(double multiplications_per_task) {
-    return std::max<int64_t>(1, int64_t(double(kGrain) / std::max(multiplications_per_task, 1.0)));
-}
-
 void run(const SparseAttention& a, int64_t images) {
     const SparseBackend& kernel = VITRAIL_KERNELS(kSparseAttention);
     const SparsePlan plan = kernel.plan(a);
@@ -95,9 +74,9 @@ void run(const SparseAttention& a, int64_t images) {
     AlignedBuffer packed(together * plan.packed_image);
     for (int64_t first = 0; first < images; first += together) {
         const int64_t count = std::min(together, images - first);
-        parallel(count * plan.pack_tasks, grain(64.0 * double(channels)),
+        parallel(count * plan.pack_tasks, grain(kGrain, 64.0 * double(channels)),
                  [&](int64_t begin, int64_t end) { kernel.pack(a, first, packed.data, begin, end); });
-        parallel(count * plan.attend_tasks, grain(work / double(plan.attend_tasks)),
+        parallel(count * plan.attend_tasks, grain(kGrain, work / double(plan.attend_tasks)),
                  [&](int64_t begin, int64_t end) {
                      AlignedBuffer scratch(plan.scratch);
                      kernel.attend(a, first, packed.data, scratch.data, begin, end);

@@ -150,26 +150,13 @@ class Kernel {
     T lse_[ListedQueries<T>::kMaxRows];
 };
 
-template <class Action>
-auto with_type(const SparseAttentionBackward& b, Action action) {
-    switch (b.forward.storage) {
-        case Storage::kFloat64:
-            return action(double());
-        case Storage::kBFloat16:
-            return action(BFloat16());
-        case Storage::kFloat16:
-            return action(Float16());
-        default:
-            return action(float());
-    }
-}
-
 int64_t scratch(const SparseAttentionBackward& b) {
-    return with_type(b, [&](auto type) { return Kernel<decltype(type)>::scratch_size(b.forward); });
+    return with_storage(b.forward.storage,
+                        [&](auto type) { return Kernel<decltype(type)>::scratch_size(b.forward); });
 }
 
 void run(const SparseAttentionBackward& b, void* scratch, int64_t begin, int64_t end) {
-    with_type(b, [&](auto type) {
+    with_storage(b.forward.storage, [&](auto type) {
         Kernel<decltype(type)> kernel(b, scratch);
         for (int64_t task = begin; task < end; ++task)
             kernel.run(task / b.forward.heads, task % b.forward.heads);

@@ -66,16 +66,7 @@ struct Kernel {
 
 template <class Action>
 auto with_kernel(const SparseAttention& a, Action action) {
-    switch (a.storage) {
-        case Storage::kFloat64:
-            return action(Kernel<double>());
-        case Storage::kBFloat16:
-            return action(Kernel<BFloat16>());
-        case Storage::kFloat16:
-            return action(Kernel<Float16>());
-        default:
-            return action(Kernel<float>());
-    }
+    return with_storage(a.storage, [&](auto s) { return action(Kernel<decltype(s)>()); });
 }
 
 SparsePlan plan(const SparseAttention& a) {

@@ -8,11 +8,7 @@ namespace {
 
 constexpr Checks kChecks("strip_mix"), kBackwardChecks("strip_mix_backward");
 // Fewer weights packed, or multiplications done, than this are not worth waking another thread for.
-constexpr int64_t kPackGrain = int64_t(1) << 15, kMixGrain = int64_t(1) << 17;
-
-int64_t grain_of(int64_t grain, double work) {
-    return std::max<int64_t>(1, int64_t(double(grain) / std::max(work, 1.0)));
-}
+constexpr double kPackGrain = 0x1p15, kMixGrain = 0x1p17;
 
 // The grid as strips: rows of it, or columns.
 Grid strips_of(const Tensor& t, int64_t axis) {
@@ -80,13 +76,13 @@ void run(const StripMix& a) {
     const StripMixKernels& kernel = VITRAIL_KERNELS(kStripMix);
     const StripMixPlan plan = kernel.plan(a);
     AlignedBuffer packed(plan.packed);
-    parallel(plan.pack_tasks, grain_of(kPackGrain, 48.0 * double(a.length)),
+    parallel(plan.pack_tasks, grain(kPackGrain, 48.0 * double(a.length)),
              [&](int64_t begin, int64_t end) { kernel.pack(a, packed.data, begin, end); });
-    const int64_t grain = grain_of(kMixGrain, multiplications(a) / double(plan.mix_tasks));
-    parallel(plan.mix_tasks, grain, [&](int64_t begin, int64_t end) {
-        AlignedBuffer scratch(plan.scratch);
-        kernel.mix(a, packed.data, scratch.data, begin, end);
-    });
+    parallel(plan.mix_tasks, grain(kMixGrain, multiplications(a) / double(plan.mix_tasks)),
+             [&](int64_t begin, int64_t end) {
+                 AlignedBuffer scratch(plan.scratch);
+                 kernel.mix(a, packed.data, scratch.data, begin, end);
+             });
 }
 
 Tensor strip_mix(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t axis) {
@@ -107,7 +103,7 @@ void run(const StripMixGradients& a, double work) {
     const StripMixGradientsKernels& kernel = VITRAIL_KERNELS(kStripMixGradients);
     const StripMixGradientsPlan plan = kernel.plan(a);
     AlignedBuffer sums(plan.sums);
-    parallel(plan.tasks, grain_of(kMixGrain, work / double(plan.tasks)), [&](int64_t begin, int64_t end) {
+    parallel(plan.tasks, grain(kMixGrain, work / double(plan.tasks)), [&](int64_t begin, int64_t end) {
         AlignedBuffer scratch(plan.scratch);
         kernel.sum(a, sums.data, scratch.data, begin, end);
     });

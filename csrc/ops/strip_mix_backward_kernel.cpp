@@ -65,20 +65,13 @@ __attribute__((noinline)) void sum_tile(Strips<P> grad, Strips<P> x, int64_t vec
                  VITRAIL_INLINED { store(to.data + t * to.tap + i * to.to + j * to.from, sum[t][i][j]); });
 }
 
-template <class P, int I, int J = kFrom, class... Arguments>
-VITRAIL_INLINE void sum_from(int from, const Arguments&... arguments) {
-    if (from == J)
-        sum_tile<P, I, J>(arguments...);
-    else if constexpr (J > 1)
-        sum_from<P, I, J - 1>(from, arguments...);
-}
-
-template <class P, int I = kTo, class... Arguments>
+template <class P, class... Arguments>
 VITRAIL_INLINE void sum_places(int to, int from, const Arguments&... arguments) {
-    if (to == I)
-        sum_from<P, I>(from, arguments...);
-    else if constexpr (I > 1)
-        sum_places<P, I - 1>(to, from, arguments...);
+    with_count<kTo>(to, [&](auto i) VITRAIL_INLINED {
+        with_count<kFrom>(from, [&](auto j) VITRAIL_INLINED {
+            sum_tile<P, decltype(i)::kValue, decltype(j)::kValue>(arguments...);
+        });
+    });
 }
 
 template <class S>
@@ -263,16 +256,7 @@ class Kernel {
 
 template <class Action>
 auto with_kernel(const StripMixGradients& a, Action action) {
-    switch (a.storage) {
-        case Storage::kFloat64:
-            return action(Kernel<double>(a));
-        case Storage::kBFloat16:
-            return action(Kernel<BFloat16>(a));
-        case Storage::kFloat16:
-            return action(Kernel<Float16>(a));
-        default:
-            return action(Kernel<float>(a));
-    }
+    return with_storage(a.storage, [&](auto s) { return action(Kernel<decltype(s)>(a)); });
 }
 
 StripMixGradientsPlan plan(const StripMixGradients& a) {

@@ -56,20 +56,13 @@ __attribute__((noinline)) void mix_tile(const P* x, const Weights<P>& w, int64_t
     for_each([&](auto n, auto r) VITRAIL_INLINED { store(out + r * strip + n * place, sum[n][r]); });
 }
 
-template <class P, int R, int N = kPlaces, class... Arguments>
-VITRAIL_INLINE void mix_places(int places, const Arguments&... arguments) {
-    if (places == N)
-        mix_tile<P, R, N>(arguments...);
-    else if constexpr (N > 1)
-        mix_places<P, R, N - 1>(places, arguments...);
-}
-
-template <class P, int R = kStrips, class... Arguments>
+template <class P, class... Arguments>
 VITRAIL_INLINE void mix_strips(int strips, int places, const Arguments&... arguments) {
-    if (strips == R)
-        mix_places<P, R>(places, arguments...);
-    else if constexpr (R > 1)
-        mix_strips<P, R - 1>(strips, places, arguments...);
+    with_count<kStrips>(strips, [&](auto r) VITRAIL_INLINED {
+        with_count<kPlaces>(places, [&](auto n) VITRAIL_INLINED {
+            mix_tile<P, decltype(r)::kValue, decltype(n)::kValue>(arguments...);
+        });
+    });
 }
 
 template <class S>
@@ -247,16 +240,7 @@ class Kernel {
 
 template <class Action>
 auto with_kernel(const StripMix& a, Action action) {
-    switch (a.storage) {
-        case Storage::kFloat64:
-            return action(Kernel<double>(a));
-        case Storage::kBFloat16:
-            return action(Kernel<BFloat16>(a));
-        case Storage::kFloat16:
-            return action(Kernel<Float16>(a));
-        default:
-            return action(Kernel<float>(a));
-    }
+    return with_storage(a.storage, [&](auto s) { return action(Kernel<decltype(s)>(a)); });
 }
 
 StripMixPlan plan(const StripMix& a) {
