@@ -77,7 +77,9 @@ class ConnectivityPredictor(nn.Module):
         self.basis_coef_threshold = basis_coef_threshold
         self.attn_score_threshold = attn_score_threshold
         reduced = head_dim // reduce_c_factor
-        self.projects_tokens = num_basis * (head_dim - reduced) > head_dim * reduced  # before they are compressed
+        self.projects_tokens = (
+            num_basis * (head_dim - reduced) > head_dim * reduced
+        )  # before they are compressed
         self.q_down = nn.Linear(head_dim, reduced, **dd)
         self.k_down = nn.Linear(head_dim, reduced, **dd)
         self.token_down = nn.Parameter(torch.empty(num_tokens, num_basis, **dd))

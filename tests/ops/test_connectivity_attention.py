@@ -107,7 +107,9 @@ def test_it_is_the_choice_and_the_attention_in_one(mode, settings):
     seed=st.integers(0, 99),
 )
 def test_any_shape(**shape):
-    args = example(**shape, basis_threshold=0.0)  # no scores of zero: among equal ones the choice is arbitrary
+    args = example(
+        **shape, basis_threshold=0.0
+    )  # no scores of zero: among equal ones the choice is arbitrary
     want = step_by_step(**args)
     for mode in ("auto", "reference"):
         with use_ops(mode):
