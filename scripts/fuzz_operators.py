@@ -163,6 +163,25 @@ def connectivity_topk(s: Source) -> list[Any]:
     ]  # fmt: skip
 
 
+def connectivity_attention(s: Source) -> list[Any]:
+    """The arguments of both, with and without projection and dense queries."""
+    logits, basis, candidates, *settings = connectivity_topk(s)
+    (batch, heads, queries, rank), dtype = logits.shape, logits.dtype
+    tokens = basis.shape[1] if candidates is None else candidates.shape[1]
+    width, value_width = s.positive(20), s.positive(20)
+    q, k, v = (
+        s.floats(batch, count, heads * c, dtype=dtype)
+        for count, c in ((queries, width), (tokens, width), (tokens, value_width))
+    )
+    projection = s.maybe(lambda: s.floats(s.positive(20), width, dtype=wide(dtype)))
+    compressed = s.floats(
+        batch, rank, heads * (width if projection is None else len(projection)), dtype=wide(dtype)
+    )
+    offset = s.floats(batch, rank, heads, dtype=wide(dtype))
+    counts = [s.random.randint(0, min(queries, 2)), s.random.choice((0, 5)), heads]
+    return [q, k, v, compressed, offset, projection, basis, candidates, *settings, *counts, s.random.random()]
+
+
 def strip_mix(s: Source) -> list[Any]:
     """Rows or columns."""
     axis, groups, dtype = s.random.choice((1, 2)), s.positive(20), s.random.choice(DTYPES)
@@ -230,7 +249,7 @@ BUILDERS: dict[str, Callable[[Source], list[Any]]] = {
     f.__name__: f
     for f in (
         routed_attention, window_attention, semantic_attention, channel_attention, sparse_attention,
-        connectivity_topk, strip_mix, region_route, packed_linear, packed_mlp, packed_grn_mlp,
+        connectivity_topk, connectivity_attention, strip_mix, region_route, packed_linear, packed_mlp, packed_grn_mlp,
     )
 }  # fmt: skip
 
