@@ -7,6 +7,7 @@ block of code.
 from .channel_attention import channel_attention
 from .connectivity_attention import connectivity_attention
 from .connectivity_topk import connectivity_topk
+from .depthwise_conv import depthwise_conv
 from .library import use_ops
 from .packed_linear import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
 from .region_route import region_route
@@ -22,6 +23,7 @@ __all__ = [
     "channel_attention",
     "connectivity_attention",
     "connectivity_topk",
+    "depthwise_conv",
     "flops",
     "pack_weight",
     "packed_grn_mlp",

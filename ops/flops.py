@@ -65,9 +65,12 @@ def strip_mix_backward_macs(grad: Shape, x: Shape, weight: Shape, *_: Any) -> in
     return 2 * strip_mix_macs(x, weight)
 
 
-def packed_linear_macs(x: Shape, weight: Shape, bias: Any, residual: Any, columns: int, *_: Any) -> int:
+def packed_linear_macs(
+    x: Shape, x2: Any, x3: Any, weight: Shape, bias: Any, residual: Any, columns: int, *_: Any
+) -> int:
     """Each row meets each column."""
-    return prod(x) * columns
+    depth = sum(shape[-1] for shape in (x, x2, x3) if shape)
+    return x[0] * depth * columns
 
 
 def packed_mlp_macs(
@@ -93,11 +96,16 @@ def packed_grn_mlp_macs(
     return x[0] * hidden * (x[1] + columns)
 
 
+def depthwise_conv_macs(x: Shape, weight: Shape, *_: Any) -> int:
+    """Each number of the map is a sum over the kernel."""
+    return prod(x) * prod(weight[-3:-1])
+
+
 def _dense_backward(forward: Callable[..., int]) -> Callable[..., int]:
     """The layers again (but for a lone one, whose result nothing needs), and twice that for the gradients."""
 
     def backward(grad: Shape, *args: Any) -> int:
-        return (2 if forward is packed_linear_macs else 3) * forward(*args)
+        return (2 if forward in (packed_linear_macs, depthwise_conv_macs) else 3) * forward(*args)
 
     return backward
 
@@ -177,6 +185,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "connectivity_attention": connectivity_attention_macs,
     "connectivity_attention_backward": connectivity_attention_backward_macs,
     "connectivity_topk": connectivity_topk_macs,
+    "depthwise_conv": depthwise_conv_macs,
+    "depthwise_conv_backward": _dense_backward(depthwise_conv_macs),
     "packed_grn_mlp": packed_grn_mlp_macs,
     "packed_grn_mlp_backward": _dense_backward(packed_grn_mlp_macs),
     "packed_linear": packed_linear_macs,

@@ -54,9 +54,17 @@ def unpack_weight(weight: Tensor, columns: int, depth: int) -> Tensor:
     return weight.flatten(0, 1)[:columns, :depth]
 
 
+def _joined(x: Tensor, x2: Optional[Tensor], x3: Optional[Tensor]) -> Tensor:
+    others = [y for y in (x2, x3) if y is not None]
+    return torch.cat([x, *others], -1) if others else x
+
+
 def _layer(x: Tensor, weight: Tensor, bias: Optional[Tensor], columns: int) -> Tensor:
     weight = unpack_weight(weight, columns, x.shape[1])
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if bias is None or bias.dim() == 1:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y = F.linear(x, weight).unflatten(0, (-1, bias.shape[0]))
+    return (y + bias.to(x.dtype)).flatten(0, 1)
 
 
 def _normalised(x: Tensor, norm_eps: float) -> Tensor:
@@ -67,8 +75,9 @@ def _activated(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x) if activation == "gelu" else x
 
 
-def _linear(x, weight, bias, residual, columns, norm_eps, activation) -> Tensor:
-    y = _activated(_layer(_normalised(x, norm_eps), weight, bias, columns), activation)
+def _linear(x, x2, x3, weight, bias, residual, columns, norm_eps, activation) -> Tensor:
+    x = _normalised(_joined(x, x2, x3), norm_eps)
+    y = _activated(_layer(x, weight, bias, columns), activation)
     return y if residual is None else residual + y
 
 
@@ -97,10 +106,11 @@ def _grn_mlp(
 
 _packed_linear = Operator(
     "packed_linear",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int columns, float norm_eps, str activation",
+    "Tensor x, Tensor? x2, Tensor? x3, Tensor weight, Tensor? bias, Tensor? residual, int columns, float norm_eps, "
+    "str activation",
     _linear,
-    lambda x, weight, bias, residual, columns, *_: x.new_empty((x.shape[0], columns)),
-    differentiable=("x", "weight", "bias", "residual"),
+    lambda x, x2, x3, weight, bias, residual, columns, *_: x.new_empty((x.shape[0], columns)),
+    differentiable=("x", "x2", "x3", "weight", "bias", "residual"),
     cast=(),
     compiled=True,
     foldable=False,
@@ -132,6 +142,21 @@ mlp_reference = _packed_mlp.definition
 grn_mlp_reference = _packed_grn_mlp.definition
 
 
+def _check_joined(x: Tensor, others: List[Tuple[str, Optional[Tensor]]]) -> int:
+    """The channels of all."""
+    depth = 0 if not isinstance(x, Tensor) or x.dim() < 1 else x.shape[-1]
+    for name, other in others:
+        if other is None:
+            continue
+        if other.dtype != x.dtype or other.dim() < 1 or other.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"{name} must have shape {(*x.shape[:-1], 'channels')} and dtype {x.dtype}, "
+                f"got {tuple(other.shape)} of {other.dtype}"
+            )
+        depth += other.shape[-1]
+    return depth
+
+
 def _check(
     x: Tensor,
     layers: List[Tuple[str, Tensor, Optional[Tensor], int, int]],
@@ -156,9 +181,12 @@ def _check(
                 f"weight{suffix} must be what pack_weight makes of a {x.dtype} matrix ({width}, {depth}): shape "
                 f"{expected}, got {tuple(weight.shape)} of {weight.dtype}"
             )
-        if bias is not None and (tuple(bias.shape) != (width,) or bias.dtype != wide):
+        if bias is not None and (
+            bias.dim() < 1 or bias.shape != (*x.shape[:-1], width)[-bias.dim() :] or bias.dtype != wide
+        ):
             raise ValueError(
-                f"bias{suffix} must have shape ({width},) and dtype {wide}, got {tuple(bias.shape)} of {bias.dtype}"
+                f"bias{suffix} must have shape ({width},), or the last dimensions of {(*x.shape[:-1], width)}, and "
+                f"dtype {wide}, got {tuple(bias.shape)} of {bias.dtype}"
             )
     if residual is not None and (residual.shape != (*x.shape[:-1], columns) or residual.dtype != x.dtype):
         raise ValueError(
@@ -174,6 +202,11 @@ def _rows(x: Optional[Tensor]) -> Optional[Tensor]:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def _bias(bias: Optional[Tensor]) -> Optional[Tensor]:
+    """Of one token, or of several in rows."""
+    return bias if bias is None or bias.dim() == 1 else bias.flatten(0, -2).contiguous()
+
+
 def packed_linear(
     x: Tensor,
     weight: Tensor,
@@ -182,18 +215,23 @@ def packed_linear(
     residual: Optional[Tensor] = None,
     norm_eps: Optional[float] = None,
     activation: str = "none",
+    x2: Optional[Tensor] = None,
+    x3: Optional[Tensor] = None,
 ) -> Tensor:
     """`residual + activation(norm(x) W^T + bias)` with a packed weight.
 
     Args:
         x: `(..., depth)`; float32, float64 or bfloat16 (sums are float32, float64 for float64).
         weight: `pack_weight(W)`, dtype of `x`.
-        bias: `(columns,)` float32, or float64 for float64; None for none.
+        bias: `(columns,)` float32, or float64 for float64; None for none. One that depends on the token has more of the
+            result's last dimensions, such as `(H, W, columns)`.
         columns: width of the result; packed weights are padded, so they do not say.
         residual: `(..., columns)`, added last; dtype of `x`.
         norm_eps: epsilon of a LayerNorm without scale and shift before the product; None for no norm. Fold scale and
             shift into weight and bias.
         activation: `none` or `gelu` (the exact one).
+        x2, x3: `(..., more)`, dtype of `x`: the layer then acts on x, x2 and x3 joined along the channels, without a
+            joined copy.
 
     Returns:
         `(..., columns)`, contiguous, dtype of `x`.
@@ -203,9 +241,12 @@ def packed_linear(
         ValueError: shapes that do not fit, or an unknown activation.
     """
     if not torch.jit.is_scripting():
-        _check(x, [("", weight, bias, 0, columns)], columns, residual, activation)
+        depth = _check_joined(x, [("x2", x2), ("x3", x3)])
+        _check(x, [("", weight, bias, depth, columns)], columns, residual, activation)
     eps = -1.0 if norm_eps is None else norm_eps
-    y = _packed_linear(_rows(x), weight, bias, _rows(residual), columns, eps, activation)
+    y = _packed_linear(
+        _rows(x), _rows(x2), _rows(x3), weight, _bias(bias), _rows(residual), columns, eps, activation
+    )
     return y.view(*x.shape[:-1], columns)
 
 
@@ -226,7 +267,7 @@ def packed_mlp(
     Args:
         x: `(..., depth)`; float32, float64 or bfloat16 (sums are float32, float64 for float64).
         weight1, weight2: `pack_weight` of `(hidden, depth)` and `(columns, hidden)`, dtype of `x`.
-        bias1, bias2: `(hidden,)` and `(columns,)` float32, or float64 for float64; None for none.
+        bias1, bias2: `(hidden,)` and `(columns,)`; as for `packed_linear`.
         hidden: width of the hidden layer.
         columns: width of the result.
         residual, norm_eps, activation: as for `packed_linear`.
@@ -243,7 +284,16 @@ def packed_mlp(
         _check(x, layers, columns, residual, activation)
     eps = -1.0 if norm_eps is None else norm_eps
     y = _packed_mlp(
-        _rows(x), weight1, bias1, weight2, bias2, _rows(residual), hidden, columns, eps, activation
+        _rows(x),
+        weight1,
+        _bias(bias1),
+        weight2,
+        _bias(bias2),
+        _rows(residual),
+        hidden,
+        columns,
+        eps,
+        activation,
     )
     return y.view(*x.shape[:-1], columns)
 
@@ -289,7 +339,7 @@ def packed_grn_mlp(
             )
     eps = -1.0 if norm_eps is None else norm_eps
     y = _packed_grn_mlp(
-        _rows(x), weight1, bias1, grn_weight, weight2, bias2, _rows(residual), x.shape[0], hidden, columns, eps,
-        grn_eps,
+        _rows(x), weight1, _bias(bias1), grn_weight, weight2, _bias(bias2), _rows(residual), x.shape[0], hidden,
+        columns, eps, grn_eps,
     )  # fmt: skip
     return y.view(*x.shape[:-1], columns)

@@ -192,6 +192,19 @@ def strip_mix(s: Source) -> list[Any]:
     return [x, s.floats(3, length, length, groups, dtype=dtype), bias, axis]
 
 
+def depthwise_conv(s: Source) -> list[Any]:
+    """Any odd kernel, of all images or of each."""
+    dtype, channels = s.random.choice(DTYPES), s.positive(40)
+    shape = (s.size(3), s.size(9), s.size(9), channels)
+    kernel = [2 * s.random.randrange(5) + 1 for _ in range(2)]
+    images = [shape[0]] if s.random.random() < 0.3 else []
+    weight = torch.randn(*images, *kernel, channels, generator=s.generator).to(wide(dtype))
+    bias, scale, shift = (s.maybe(lambda: torch.randn(channels, dtype=wide(dtype))) for _ in range(3))
+    residual = s.maybe(lambda: s.floats(*shape, dtype=dtype))
+    x = s.floats(*shape, dtype=dtype)
+    return [x, weight, bias, residual, scale, shift, s.random.choice(("none", "gelu"))]
+
+
 def region_route(s: Source) -> list[Any]:
     """Regions that need not divide the grid."""
     batch, c, dtype = s.size(3), s.positive(40), s.random.choice(DTYPES)
@@ -208,13 +221,16 @@ def _packed(s: Source) -> tuple[torch.dtype, Tensor, int, int, int]:
 
 
 def packed_linear(s: Source) -> list[Any]:
-    """With and without norm, bias, activation, residual."""
+    """With and without further inputs, norm, bias, activation, residual."""
     dtype, x, rows, depth, columns = _packed(s)
+    others = [s.maybe(lambda: s.floats(rows, s.positive(40), dtype=dtype)) for _ in range(2)]
+    depth += sum(other.shape[1] for other in others if other is not None)
     weight = pack_weight(torch.randn(columns, depth).to(dtype))
     bias = s.maybe(lambda: torch.randn(columns, dtype=wide(dtype)))
     residual = s.maybe(lambda: s.floats(rows, columns, dtype=dtype))
     return [
         x,
+        *others,
         weight,
         bias,
         residual,
@@ -249,7 +265,8 @@ BUILDERS: dict[str, Callable[[Source], list[Any]]] = {
     f.__name__: f
     for f in (
         routed_attention, window_attention, semantic_attention, channel_attention, sparse_attention,
-        connectivity_topk, connectivity_attention, strip_mix, region_route, packed_linear, packed_mlp, packed_grn_mlp,
+        connectivity_topk, connectivity_attention, strip_mix, depthwise_conv, region_route, packed_linear, packed_mlp,
+        packed_grn_mlp,
     )
 }  # fmt: skip
 

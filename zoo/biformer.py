@@ -40,13 +40,14 @@ for _function in (region_route, routed_attention, region_means, partition, merge
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution of channels-last maps, `(B, H, W, C)` to the same."""
+    """Depthwise convolution of channels-last maps, `(B, H, W, C)` to the same; a residual is added."""
 
     def __init__(self, dim: int, kernel_size: int, **dd: Any):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+        return x if residual is None else residual + x
 
 
 # --- bi-level routing attention (section 3.2) -------------------------------------------------------------------------
@@ -212,7 +213,7 @@ class BiLevelRoutingAttention(nn.Module):
             k, v = kv.split([self.qk_dim, self.dim], dim=-1)
         x = routed_attention(q, k, v, routes, region_size, self.num_heads, self.scale, kv_size, weights)
         if self.lepe is not None:
-            x = x + self.lepe(values)
+            x = self.lepe(values, x)
         return self.proj(crop_grid(x, h, w))
 
 
@@ -241,7 +242,7 @@ class FullAttention(nn.Module):
         q, k, v = qkv.reshape(b, h * w, 3, self.num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)
         if self.lepe is not None:
-            x = x + self.lepe(local)
+            x = self.lepe(local, x)
         return self.proj(x)
 
 
@@ -294,7 +295,7 @@ class BiFormerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
-            x = x + self.pos_embed(x)
+            x = self.pos_embed(x, x)
         if self.pre_norm:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -20,149 +20,10 @@ from timm.models.vision_transformer import LayerScale as ViTLayerScale
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..ops.packed_linear import DTYPES, pack_weight, packed_grn_mlp, packed_linear, packed_mlp
+from ..ops import strip_mix
+from ..ops.packed_linear import DTYPES
 from . import biformer, davit_fused, sparsifiner, stripmlp, stvit, stvit_swin
-
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
-class _Folded(nn.Module):
-    """Linear layers whose weights have taken in what surrounds them; packed, or as they are for other runtimes."""
-
-    def __init__(self, like: nn.Linear, norm: Optional[nn.LayerNorm], pack: bool):
-        super().__init__()
-        self.in_features = like.in_features
-        self.norm_eps = None if norm is None else norm.eps
-        self.pack = pack
-        self.dtype = like.weight.dtype
-
-    def fold(
-        self,
-        name: str,
-        linear: nn.Linear,
-        norm: Optional[nn.LayerNorm] = None,
-        scale: Optional[Tensor] = None,
-        shift: Optional[Tensor] = None,
-        columns: slice = slice(None),
-    ) -> int:
-        """Buffers `weight<name>` and `shift<name>` for `scale * linear(norm without its scale and shift) + shift`.
-
-        Worked out in float64; returns the number of columns.
-        """
-        weight = linear.weight.detach().double()
-        bias = torch.zeros(len(weight), dtype=torch.float64) if linear.bias is None else linear.bias.double()
-        if norm is not None and norm.bias is not None:
-            bias = bias + weight @ norm.bias.double()
-        if norm is not None and norm.weight is not None:
-            weight = weight * norm.weight.double()
-        if scale is not None:
-            weight, bias = weight * scale[:, None], bias * scale
-        if shift is not None:
-            bias = bias + shift
-        weight, bias = weight[columns].to(self.dtype), bias[columns]
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.register_buffer(f"weight{name}", pack_weight(weight) if self.pack else weight)
-        self.register_buffer(f"shift{name}", bias.to(wide if self.pack else self.dtype))
-        return len(weight)
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """The norm, without scale and shift; for layers that are not packed."""
-        return x if self.norm_eps is None else F.layer_norm(x, [self.in_features], eps=self.norm_eps)
-
-
-class FoldedLinear(_Folded):
-    """`residual + activation(scale * linear(norm(x)) + shift)`, of whose columns some may be picked."""
-
-    weight: Tensor
-    shift: Tensor
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        pack: bool,
-        norm: Optional[nn.LayerNorm] = None,
-        scale: Optional[Tensor] = None,
-        shift: Optional[Tensor] = None,
-        activation: str = "none",
-        columns: slice = slice(None),
-    ):
-        super().__init__(linear, norm, pack)
-        self.out_features = self.fold("", linear, norm, scale, shift, columns)
-        # what the layer makes of zeros, which attention asks for where it pads
-        self.bias = linear.bias
-        self.activation = activation
-
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        if self.pack:
-            return packed_linear(
-                x, self.weight, self.shift, self.out_features, residual, self.norm_eps, self.activation
-            )
-        x = F.linear(self.normalised(x), self.weight, self.shift)
-        if self.activation == "gelu":
-            x = F.gelu(x)
-        return x if residual is None else residual + x
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, norm_eps={self.norm_eps}, activation={self.activation}"
-        )
-
-
-class MlpBranch(_Folded):
-    """`x + scale * fc2(gelu(fc1(norm(x))))`."""
-
-    weight1: Tensor
-    weight2: Tensor
-    shift1: Tensor
-    shift2: Tensor
-
-    def __init__(self, norm: nn.LayerNorm, mlp: Any, pack: bool, scale: Optional[Tensor] = None):
-        super().__init__(mlp.fc1, norm, pack)
-        self.hidden_features = self.fold("1", mlp.fc1, norm)
-        self.out_features = self.fold("2", mlp.fc2, scale=scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pack:
-            return packed_mlp(
-                x, self.weight1, self.shift1, self.weight2, self.shift2, self.hidden_features, self.out_features,
-                x, self.norm_eps,
-            )  # fmt: skip
-        hidden = F.gelu(F.linear(self.normalised(x), self.weight1, self.shift1))
-        return x + F.linear(hidden, self.weight2, self.shift2)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.hidden_features}, {self.out_features}, norm_eps={self.norm_eps}"
-
-
-class ResponseMlp(_Folded):
-    """`residual + fc2(grn(gelu(fc1(norm(x)))))`, with global response normalisation."""
-
-    weight1: Tensor
-    weight2: Tensor
-    shift1: Tensor
-    shift2: Tensor
-    grn_weight: Tensor
-
-    def __init__(self, norm: nn.LayerNorm, mlp: Any, pack: bool):
-        super().__init__(mlp.fc1, norm, pack)
-        grn = mlp.grn
-        self.hidden_features = self.fold("1", mlp.fc1, norm)
-        shift = mlp.fc2.weight.double() @ grn.bias.double().flatten()
-        self.out_features = self.fold("2", mlp.fc2, shift=shift)
-        self.grn_eps = grn.eps
-        self.register_buffer("grn_weight", grn.weight.detach().flatten().to(self.shift1.dtype))
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self.pack:
-            return packed_grn_mlp(
-                x, self.weight1, self.shift1, self.grn_weight, self.weight2, self.shift2, self.hidden_features,
-                self.out_features, residual, self.norm_eps, self.grn_eps,
-            )  # fmt: skip
-        hidden = F.gelu(F.linear(self.normalised(x), self.weight1, self.shift1))
-        norm = hidden.norm(p=2, dim=(1, 2), keepdim=True)
-        hidden = hidden * (1 + self.grn_weight * (norm / (norm.mean(-1, keepdim=True) + self.grn_eps)))
-        return residual + F.linear(hidden, self.weight2, self.shift2)
-
+from .folded import BlendedConv, FoldedConv, FoldedLinear, MlpBranch, ResponseMlp
 
 # --- branches of blocks -----------------------------------------------------------------------------------------------
 
@@ -216,50 +77,79 @@ class FusedCrossLayer(nn.Module):
 class FusedStripBlock(nn.Module):
     """`stripmlp.StripMLPBlock`."""
 
-    scale: Tensor
-    shift: Tensor
-
     def __init__(self, block: Any, pack: bool):
         super().__init__()
         tokens, channels = block.token_mixing, block.channel_mixing
-        for name, x in zip(("scale", "shift"), _affine(tokens.norm1), strict=True):
-            self.register_buffer(name, x.to(tokens.proj.weight.dtype))
-        self.dwconv = _channels_last(tokens.dwconv)
+        self.dwconv = FoldedConv(tokens.dwconv, pack, *_affine(tokens.norm1), "gelu")
         # the halves apart, so that each is a map of its own
         half, affine = tokens.proj.out_features // 2, _affine(tokens.norm2)
         self.far = FoldedLinear(tokens.proj, pack, None, *affine, "gelu", slice(half))
         self.near = FoldedLinear(tokens.proj, pack, None, *affine, "gelu", slice(half, None))
         strips = tokens.strips
-        self.row_pos, self.row_mix = strips.row_pos, strips.row_mix
-        self.row_fuse = FoldedLinear(strips.row_fuse, pack, None, *_affine(strips.norm), "gelu")
-        self.col_pos, self.col_mix = strips.col_pos, strips.col_mix
-        self.col_fuse = FoldedLinear(strips.col_fuse, pack)
-        self.local = tokens.local
-        self.fuse = FoldedLinear(tokens.fuse, pack)
-        self.channel_dwconv = _channels_last(channels.dwconv)
+        self.row_mix, self.col_mix = strips.row_mix, strips.col_mix
+        # mixing is linear: what it makes of the positions is a shift of the layer that follows
+        of_rows, _ = _split_columns(strips.row_fuse)
+        scale, shift = _affine(strips.norm)
+        shift = shift + scale * (_mixed_positions(strips.row_pos, strips.row_mix) @ of_rows.t())
+        self.row_fuse = FoldedLinear(strips.row_fuse, pack, None, scale, shift, "gelu")
+        # and so are the two layers that follow the columns
+        of_strips, of_local = _split_columns(tokens.fuse)
+        of_far, of_cols = (of_strips @ weight for weight in _split_columns(strips.col_fuse))
+        shift = _mixed_positions(strips.col_pos, strips.col_mix) @ of_cols.t()
+        joined = nn.Linear(3 * half, 2 * half, bias=False, dtype=torch.float64)
+        joined.weight.data = torch.cat([of_far, of_cols, of_local], 1)
+        self.local = BlendedConv(tokens.local, strips.row_pos.size) if pack else tokens.local
+        self.fuse = FoldedLinear(joined, pack, shift=shift, dtype=tokens.fuse.weight.dtype)
+        self.channel_dwconv = FoldedConv(channels.dwconv, pack)
         self.channel_mlp = ResponseMlp(channels.norm, channels.mlp, pack)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.dwconv(F.gelu(torch.addcmul(self.shift, x, self.scale)))
+        y = self.dwconv(x)
         far, near = self.far(y), self.near(y)
-        rows = self.row_fuse(torch.cat([self.row_mix(self.row_pos(far)), far], -1))
-        far = self.col_fuse(torch.cat([far, self.col_mix(self.col_pos(rows))], -1))
-        x = self.fuse(torch.cat([far, self.local(near)], -1), x)
+        rows = self.row_fuse(self.row_mix(far), x2=far)
+        x = self.fuse(far, x, self.col_mix(rows), self.local(near))
         return self.channel_mlp(self.channel_dwconv(x), x)
 
 
 class FusedSparseBlock(sparsifiner.SparseBlock):
-    """`sparsifiner.SparseBlock` whose MLP holds its norm and residual."""
+    """`sparsifiner.SparseBlock` whose last layers of attention and MLP add their residuals."""
+
+    proj: FoldedLinear
+
+    def add_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.proj(y, x)
 
     def add_mlp(self, x: Tensor) -> Tensor:
         return self.mlp(x)
 
 
-class FusedPruningBlock(sparsifiner.PruningBlock):
+class FusedPruningBlock(FusedSparseBlock, sparsifiner.PruningBlock):
     """The same of `sparsifiner.PruningBlock`."""
 
-    def add_mlp(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
+
+class FoldedPredictor(sparsifiner.ConnectivityPredictor):
+    """`sparsifiner.ConnectivityPredictor` with the projections of keys and queries, and both biases, in one matrix."""
+
+    matrix: Tensor
+    constant: Tensor
+
+    def fold(self) -> None:
+        """The matrix, `(head_dim, head_dim + 1)`, whose last column gives the offset, and what one token adds."""
+        (key, key_bias), (query, query_bias) = (
+            (down.weight.detach().double(), down.bias.detach().double())
+            for down in (self.k_down, self.q_down)
+        )
+        both = torch.cat([query, query_bias[:, None]], 1) * self.scale
+        self.register_buffer("matrix", (key.t() @ both).to(self.token_down.dtype))
+        self.register_buffer("constant", (key_bias @ both).to(self.token_down.dtype))
+
+    def compress(self, k: Tensor, tokens: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        if self.projects_tokens:
+            return super().compress(k, tokens)
+        down = self.token_down.expand(k.shape[0], -1, -1) if tokens is None else self.token_down[tokens]
+        keys = (down.transpose(1, 2) @ k).unflatten(2, [self.num_heads, self.k_down.in_features])
+        keys = torch.addcmul(keys @ self.matrix, down.sum(1)[:, :, None, None], self.constant)
+        return keys[..., :-1].flatten(2), keys[..., -1], None
 
 
 # --- rules: what each kind of module becomes --------------------------------------------------------------------------
@@ -291,14 +181,19 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, norm.bias.detach().double() - mean.double() * scale
 
 
-def _channels_last(conv: Any) -> nn.Conv2d:
-    """A depthwise convolution for channels-last maps."""
-    own = biformer.DepthwiseConv(conv.in_channels, conv.kernel_size[0], device=conv.weight.device)
-    own.weight, own.bias = conv.weight, conv.bias
-    return own
+def _split_columns(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """The weights of a layer for the halves of its input."""
+    first, second = linear.weight.detach().double().chunk(2, dim=1)
+    return first, second
 
 
-def _with_identity(conv: nn.Conv2d) -> nn.Conv2d:
+def _mixed_positions(position: stripmlp.RelativePosition, layer: stripmlp.StripLayer) -> Tensor:
+    """What a strip layer, but for its bias, makes of a position table, `(H, W, C)`."""
+    table = F.embedding(position.index, position.table.detach().double())
+    return strip_mix(table.unsqueeze(0), layer.weight.detach().double(), None, layer.axis).squeeze(0)
+
+
+def _with_identity(conv: Any) -> Any:
     """A depthwise convolution that adds its input to its result."""
     kh, kw = conv.weight.shape[2:]
     conv.weight.data[:, 0, kh // 2, kw // 2] += 1
@@ -339,7 +234,9 @@ def _biformer_block(block: Any, pack: bool) -> Optional[nn.Module]:
     projected = hasattr(attn, "qkv") and isinstance(attn.proj, nn.Linear)
     if not (block.pre_norm and projected and _is_plain(block.mlp)):
         return None
-    position = [] if block.pos_embed is None else [_with_identity(block.pos_embed)]
+    position = [] if block.pos_embed is None else [FoldedConv(_with_identity(block.pos_embed), pack)]
+    if attn.lepe is not None:
+        attn.lepe = FoldedConv(attn.lepe, pack)
     return nn.Sequential(
         *position,
         _attention(block, pack, _scale(block.ls1)),
@@ -351,12 +248,12 @@ def _davit_block(block: Any, pack: bool) -> Optional[nn.Module]:
     norms = [block.norm1] + ([] if block.mlp is None else [block.norm2])
     if not all(isinstance(norm, nn.LayerNorm) for norm in norms):
         return None
-    layers = [_position(block.cpe1), _attention(block, pack), _position(block.cpe2)]
+    layers = [_position(block.cpe1, pack), _attention(block, pack), _position(block.cpe2, pack)]
     return nn.Sequential(*layers, *([] if block.mlp is None else [MlpBranch(block.norm2, block.mlp, pack)]))
 
 
-def _position(cpe: davit_fused.ConvPosEnc) -> nn.Module:
-    return _with_identity(_channels_last(cpe.proj)) if isinstance(cpe.act, nn.Identity) else cpe
+def _position(cpe: davit_fused.ConvPosEnc, pack: bool) -> nn.Module:
+    return FoldedConv(_with_identity(cpe.proj), pack) if isinstance(cpe.act, nn.Identity) else cpe
 
 
 def _transformer_block(block: Any, pack: bool) -> Optional[nn.Module]:
@@ -386,9 +283,14 @@ def _center_layer(layer: Any, pack: bool) -> nn.Module:
 def _sparse_block(block: Any, pack: bool) -> nn.Module:
     attn, width = block.attn, block.mlp.fc2.out_features
     scale = torch.full((width,), block.residual_scale, dtype=torch.float64)
-    attn.qkv, attn.proj = FoldedLinear(attn.qkv, pack, block.norm1), FoldedLinear(attn.proj, pack)
+    attn.qkv, block.proj = (
+        FoldedLinear(attn.qkv, pack, block.norm1),
+        FoldedLinear(attn.proj, pack, scale=scale),
+    )
     block.mlp = MlpBranch(block.norm2, block.mlp, pack, scale)
-    block.norm1, block.norm2 = nn.Identity(), nn.Identity()
+    attn.proj, block.norm1, block.norm2 = nn.Identity(), nn.Identity(), nn.Identity()
+    attn.predictor.__class__ = FoldedPredictor
+    attn.predictor.fold()
     block.__class__ = FusedPruningBlock if block.prunes else FusedSparseBlock
     return block
 

@@ -1,4 +1,4 @@
-"""Linear layers with their norm, activation and residual, and the same of stock layers."""
+"""Linear layers and depthwise convolutions with what surrounds them, and the same of stock layers."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.ops import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
+from vitrail.ops import depthwise_conv, pack_weight, packed_grn_mlp, packed_linear, packed_mlp
 
 from .problems import Problem, Setting
 
@@ -69,6 +69,21 @@ def _grn_mlp(side: int, width: int, batch: int, dtype: torch.dtype) -> Problem:
     )
 
 
+def _depthwise(side: int, width: int, batch: int, dtype: torch.dtype, kernel: int) -> Problem:
+    weight, bias = torch.randn(kernel, kernel, width) / kernel, torch.randn(width)
+    stock_weight, stock_bias = weight.permute(2, 0, 1).unsqueeze(1).contiguous().to(dtype), bias.to(dtype)
+
+    def stock(x: Tensor) -> Tensor:
+        y = F.conv2d(x.permute(0, 3, 1, 2), stock_weight, stock_bias, padding=kernel // 2, groups=width)
+        return x + y.permute(0, 2, 3, 1)
+
+    def fused(x: Tensor) -> Tensor:
+        return depthwise_conv(x, weight, bias, x)
+
+    return Problem((torch.randn(batch, side, side, width).to(dtype),), fused, {"convolution, sum": stock})
+
+
+_BIFORMER = ((1, 56, 64), (2, 28, 128), (3, 14, 256), (4, 7, 512))
 _DAVIT = ((1, 56, 96), (2, 28, 192), (3, 14, 384), (4, 7, 768))
 _STRIPS = ((1, 56, 80), (2, 28, 160), (3, 14, 320), (4, 7, 640))
 SETTINGS = tuple(
@@ -78,5 +93,14 @@ SETTINGS = tuple(
         ("packed_mlp", "davit_fused_tiny", _mlp, _DAVIT),
         ("packed_grn_mlp", "stripmlp_tiny", _grn_mlp, _STRIPS),
     )
+    for stage, side, width in shapes
+) + tuple(
+    Setting(
+        "depthwise_conv",
+        f"{model}, stage {stage}",
+        partial(_depthwise, side, width, kernel=kernel),
+        trains=False,
+    )
+    for model, kernel, shapes in (("biformer_tiny", 5, _BIFORMER), ("stripmlp_tiny", 7, _STRIPS))
     for stage, side, width in shapes
 )

@@ -8,6 +8,8 @@ namespace vitrail {
 
 enum class Storage : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+enum class Activation : int32_t { kNone, kGelu };
+
 // Tokens in a row, channels contiguous; strides in elements.
 struct Tokens {
     void* data;

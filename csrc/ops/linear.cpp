@@ -3,26 +3,29 @@
 
 #include <cmath>
 
-#include "host.h"
+#include "activation_host.h"
 
 namespace vitrail {
 namespace {
 
 // Fewer multiplications than this are not worth waking another thread for.
 constexpr double kGrain = 1 << 19;
+// Of a hidden layer that goes through memory: what stays in the last cache.
+constexpr int64_t kHiddenBytes = int64_t(4) << 20;
 
 int64_t panels_of(int64_t columns) {
     return (columns + kPanel - 1) / kPanel;
 }
 
-// Checks a layer's weights against the rows that it takes, and fills in all but its input and output.
+// Checks a layer's weights against the rows that it takes, and fills in all but its input and output. The
+// bias may depend on the token: it repeats within `rows`.
 Linear layer(const Checks& checks, const char* weight_name, const Tensor& weight, const char* bias_name,
-             const std::optional<Tensor>& bias, Storage storage, ScalarType type, int64_t depth,
-             int64_t columns) {
+             const std::optional<Tensor>& bias, Storage storage, const Tensor& x, int64_t depth,
+             int64_t columns, int64_t rows) {
     if (columns < 1 || columns > kMaxExtent)
         checks.fail("the number of columns must be from 1 to ", kMaxExtent, ", got ", columns);
     checks.on_cpu(weight_name, weight);
-    checks.dtype(weight_name, weight, type);
+    checks.dtype(weight_name, weight, x.scalar_type());
     if (storage == Storage::kBFloat16)
         checks.shape(weight_name, weight, {panels_of(columns), (depth + 1) / 2, kPanel, 2});
     else
@@ -37,22 +40,45 @@ Linear layer(const Checks& checks, const char* weight_name, const Tensor& weight
     if (bias) {
         checks.on_cpu(bias_name, *bias);
         checks.dtype(bias_name, *bias, compute_type(storage));
-        checks.shape(bias_name, *bias, {columns});
-        checks.contiguous_channels(bias_name, *bias);
+        if (bias->dim() == 1) {
+            checks.shape(bias_name, *bias, {columns});
+        } else {
+            const int64_t tokens = bias->dim() == 2 ? bias->size(0) : 0;
+            checks.shape(bias_name, *bias, {tokens, columns});
+            if (tokens < 1 || rows % tokens != 0)
+                checks.fail(bias_name, " must have a number of rows that divides ", rows, ", got ", tokens);
+        }
+        if (!bias->is_contiguous()) checks.fail(bias_name, " must be contiguous");
         a.bias = bias->const_data_ptr();
+        a.bias_rows = bias->dim() == 1 ? 1 : bias->size(0);
     }
     return a;
 }
 
-Storage rows_of(const Checks& checks, const Tensor& x) {
-    checks.on_cpu("x", x);
-    const Storage storage = checks.storage("x", x);
-    if (storage == Storage::kFloat16) checks.fail("x must be float32, float64 or bfloat16, got float16");
+Storage rows_of(const Checks& checks, const char* name, const Tensor& x) {
+    checks.on_cpu(name, x);
+    const Storage storage = checks.storage(name, x);
+    if (storage == Storage::kFloat16) checks.fail(name, " must be float32, float64 or bfloat16, got float16");
     if (x.dim() != 2 || x.size(1) < 1 || x.size(1) > kMaxExtent)
-        checks.fail("x must have 2 dimensions (rows, channels), with at least one channel, got shape ",
+        checks.fail(name, " must have 2 dimensions (rows, channels), with at least one channel, got shape ",
                     shape_of(x));
-    checks.contiguous_channels("x", x);
+    checks.contiguous_channels(name, x);
     return storage;
+}
+
+// One more input of the layer.
+void add_input(Linear& a, const Tensor& x) {
+    a.x[a.inputs++] = {x.const_data_ptr(), x.stride(0), x.size(1)};
+}
+
+// Checks that `other` can be joined to `x`; returns its channels.
+int64_t joined_channels(const Checks& checks, const char* name, const std::optional<Tensor>& other,
+                        const Tensor& x) {
+    if (!other) return 0;
+    rows_of(checks, name, *other);
+    checks.dtype(name, *other, x.scalar_type());
+    checks.shape(name, *other, {x.size(0), other->size(1)});
+    return other->size(1);
 }
 
 void add_residual(const Checks& checks, Linear& a, const std::optional<Tensor>& residual, const Tensor& x) {
@@ -63,12 +89,6 @@ void add_residual(const Checks& checks, Linear& a, const std::optional<Tensor>& 
     checks.contiguous_channels("residual", *residual);
     a.residual = residual->const_data_ptr();
     a.residual_row = residual->stride(0);
-}
-
-Activation activation_of(const Checks& checks, const std::string& name) {
-    if (name == "none") return Activation::kNone;
-    if (name == "gelu") return Activation::kGelu;
-    checks.fail("activation must be 'none' or 'gelu', got '", name, "'");
 }
 
 // Equal blocks of at most kRowBlock rows, a multiple of the threads where that leaves blocks of some size.
@@ -100,20 +120,24 @@ void check_norm(const Checks& checks, double norm_eps) {
     if (!std::isfinite(norm_eps)) checks.fail("norm_eps must be finite, got ", norm_eps);
 }
 
-Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+Tensor packed_linear(const Tensor& x, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3,
+                     const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& residual, int64_t columns, double norm_eps,
                      const std::string& activation) {
     constexpr Checks checks("packed_linear");
-    const Storage storage = rows_of(checks, x);
+    const Storage storage = rows_of(checks, "x", x);
     check_norm(checks, norm_eps);
-    Linear a = layer(checks, "weight", weight, "bias", bias, storage, x.scalar_type(), x.size(1), columns);
+    const int64_t depth =
+        x.size(1) + joined_channels(checks, "x2", x2, x) + joined_channels(checks, "x3", x3, x);
+    Linear a = layer(checks, "weight", weight, "bias", bias, storage, x, depth, columns, x.size(0));
     a.activation = activation_of(checks, activation);
     a.norm_eps = norm_eps;
     add_residual(checks, a, residual, x);
     Tensor out = torch::stable::new_empty(x, {x.size(0), columns});
     if (x.size(0) == 0) return out;
-    a.x = x.const_data_ptr();
-    a.x_row = x.stride(0);
+    add_input(a, x);
+    if (x2) add_input(a, *x2);
+    if (x3) add_input(a, *x3);
     a.out = out.mutable_data_ptr();
     a.out_row = columns;
     run(a, x.size(0), row_blocks(x.size(0)));
@@ -125,20 +149,18 @@ Tensor packed_mlp(const Tensor& x, const Tensor& weight1, const std::optional<Te
                   const std::optional<Tensor>& residual, int64_t hidden, int64_t columns, double norm_eps,
                   const std::string& activation) {
     constexpr Checks checks("packed_mlp");
-    const Storage storage = rows_of(checks, x);
-    const ScalarType type = x.scalar_type();
+    const Storage storage = rows_of(checks, "x", x);
     check_norm(checks, norm_eps);
     Mlp a = {};
-    a.first = layer(checks, "weight1", weight1, "bias1", bias1, storage, type, x.size(1), hidden);
-    a.second = layer(checks, "weight2", weight2, "bias2", bias2, storage, type, hidden, columns);
+    a.first = layer(checks, "weight1", weight1, "bias1", bias1, storage, x, x.size(1), hidden, x.size(0));
+    a.second = layer(checks, "weight2", weight2, "bias2", bias2, storage, x, hidden, columns, x.size(0));
     a.first.activation = activation_of(checks, activation);
     a.first.norm_eps = norm_eps;
     add_residual(checks, a.second, residual, x);
     const int64_t rows = x.size(0);
     Tensor out = torch::stable::new_empty(x, {rows, columns});
     if (rows == 0) return out;
-    a.first.x = x.const_data_ptr();
-    a.first.x_row = x.stride(0);
+    add_input(a.first, x);
     a.second.out = out.mutable_data_ptr();
     a.second.out_row = columns;
 
@@ -146,8 +168,8 @@ Tensor packed_mlp(const Tensor& x, const Tensor& weight1, const std::optional<Te
     if (blocks < torch::stable::get_num_threads()) {  // few rows: layer by layer, columns shared out
         Tensor between = torch::stable::new_empty(x, {rows, hidden});
         a.first.out = between.mutable_data_ptr();
-        a.second.x = between.const_data_ptr();
-        a.first.out_row = a.second.x_row = hidden;
+        a.first.out_row = hidden;
+        add_input(a.second, between);
         run(a.first, rows, blocks);
         run(a.second, rows, blocks);
         return out;
@@ -185,14 +207,15 @@ Tensor packed_grn_mlp(const Tensor& x, const Tensor& weight1, const std::optiona
                       const std::optional<Tensor>& residual, int64_t images, int64_t hidden, int64_t columns,
                       double norm_eps, double grn_eps) {
     constexpr Checks checks("packed_grn_mlp");
-    const Storage storage = rows_of(checks, x);
-    const ScalarType type = x.scalar_type(), wide = compute_type(storage);
+    const Storage storage = rows_of(checks, "x", x);
+    const ScalarType wide = compute_type(storage);
     check_norm(checks, norm_eps);
     const int64_t rows = x.size(0);
     if (images < 0 || (images == 0 ? rows != 0 : rows % images != 0))
         checks.fail("images must divide the rows of x, ", rows, ", got ", images);
-    Linear first = layer(checks, "weight1", weight1, "bias1", bias1, storage, type, x.size(1), hidden);
-    Linear second = layer(checks, "weight2", weight2, "bias2", bias2, storage, type, hidden, columns);
+    const int64_t of_image = images == 0 ? 0 : rows / images;
+    Linear first = layer(checks, "weight1", weight1, "bias1", bias1, storage, x, x.size(1), hidden, of_image);
+    Linear second = layer(checks, "weight2", weight2, "bias2", bias2, storage, x, hidden, columns, of_image);
     first.activation = Activation::kGelu;
     first.norm_eps = norm_eps;
     checks.on_cpu("grn_weight", grn_weight);
@@ -203,36 +226,45 @@ Tensor packed_grn_mlp(const Tensor& x, const Tensor& weight1, const std::optiona
     Tensor out = torch::stable::new_empty(x, {rows, columns});
     if (rows == 0) return out;
 
-    // Blocks are of one image, and no matter how many threads there are always the same.
-    const int64_t of_image = rows / images, per_image = (of_image + kRowBlock - 1) / kRowBlock;
-    const int64_t blocks = images * per_image, stride = panels_of(hidden) * kPanel;
-    Tensor between = torch::stable::new_empty(x, {rows, hidden});
-    Tensor squares = torch::stable::new_empty(x, {blocks, stride}, wide);
-    Tensor factors = torch::stable::new_empty(x, {images, hidden}, wide);
-    first.x = x.const_data_ptr();
-    first.x_row = x.stride(0);
+    // Blocks are of one image, and no matter how many threads there are always the same. As many images are
+    // taken through both layers together as leave the hidden layer in cache.
+    const int64_t per_image = (of_image + kRowBlock - 1) / kRowBlock;
+    const int64_t bytes = storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+    const int64_t together = std::clamp<int64_t>(kHiddenBytes / (of_image * hidden * bytes), 1, images);
+    const int64_t stride = panels_of(hidden) * kPanel;
+    Tensor between = torch::stable::new_empty(x, {together * of_image, hidden});
+    Tensor squares = torch::stable::new_empty(x, {together * per_image, stride}, wide);
+    Tensor factors = torch::stable::new_empty(x, {together, hidden}, wide);
+    add_input(first, x);
+    add_input(second, between);
     first.out = between.mutable_data_ptr();
-    first.out_row = second.x_row = hidden;
+    first.out_row = hidden;
     first.image_rows = second.image_rows = of_image;
     first.squares = squares.mutable_data_ptr();
-    run(first, rows, blocks);
-    parallel(images, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t image = begin; image < end; ++image) {
-            const auto of = [&](auto one) {
-                using T = decltype(one);
-                response_factors(static_cast<const T*>(squares.const_data_ptr()) + image * per_image * stride,
-                                 per_image, stride, hidden,
-                                 static_cast<const T*>(grn_weight.const_data_ptr()), grn_eps,
-                                 static_cast<T*>(factors.mutable_data_ptr()) + image * hidden);
-            };
-            wide == ScalarType::Double ? of(double()) : of(float());
-        }
-    });
-    second.x = between.const_data_ptr();
     second.factors = factors.const_data_ptr();
-    second.out = out.mutable_data_ptr();
     second.out_row = columns;
-    run(second, rows, blocks);
+    const void* const all = second.residual;
+    for (int64_t image = 0; image < images; image += together) {
+        const int64_t count = std::min(together, images - image);
+        const int64_t row = image * of_image * bytes;
+        first.x[0].data = static_cast<const char*>(x.const_data_ptr()) + row * x.stride(0);
+        run(first, count * of_image, count * per_image);
+        parallel(count, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const auto of = [&](auto one) {
+                    using T = decltype(one);
+                    response_factors(static_cast<const T*>(squares.const_data_ptr()) + i * per_image * stride,
+                                     per_image, stride, hidden,
+                                     static_cast<const T*>(grn_weight.const_data_ptr()), grn_eps,
+                                     static_cast<T*>(factors.mutable_data_ptr()) + i * hidden);
+                };
+                wide == ScalarType::Double ? of(double()) : of(float());
+            }
+        });
+        second.out = static_cast<char*>(out.mutable_data_ptr()) + row * columns;
+        if (all) second.residual = static_cast<const char*>(all) + row * second.residual_row;
+        run(second, count * of_image, count * per_image);
+    }
     return out;
 }
 

