@@ -55,8 +55,8 @@ def test_models_of_one_size_refuse_open_sides_with_the_reason(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in {*PICOS, *TOO_LARGE}])
 def test_every_model_has_a_verified_file(name, tmp_path):
-    # untrained predictors choose among nearly equal keys, and float32 rounding flips some of the choices
-    tolerance = {"rtol": 2e-2} if name.startswith("sparsifiner") else {}
+    # untrained networks choose among nearly equal keys or regions, and float32 rounding flips some of the choices
+    tolerance = {"rtol": 2e-2} if name.startswith(("sparsifiner", "biformer_stl")) else {}
     assert to_onnx(create(name), tmp_path / "m.onnx", **tolerance).verification.passed
 
 
