@@ -97,6 +97,10 @@ VITRAIL_INLINE void prefetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
+VITRAIL_INLINE void prefetch_to_write(void* to, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<char*>(to) + i, 1, 2);
+}
+
 template <class T, int N = kLanes<T>>
 VITRAIL_INLINE Vec<T, N> broadcast(T x) {
     return x - Vec<T, N>{};

@@ -32,7 +32,7 @@ constexpr int64_t kManyTasks = 32;
 template <class S>
 struct Source {
     const S* data;
-    int64_t row, column, set;
+    int64_t row, column;
     int64_t first_row, last_row, first, last;
 };
 
@@ -43,10 +43,19 @@ struct Weights {
     int64_t set, width;
 };
 
+// Where the sums go, after the residual (or null) has been added; strides of places and sets.
+template <class S>
+struct Target {
+    S* data;
+    int64_t place, set;
+    const S* residual;
+    int64_t residual_place;
+};
+
 // N neighbouring sums of each of G sets. Taps are taken K at a time from each row of the kernel.
-template <class S, int K, int N, int G>
-__attribute__((noinline)) void convolve_tile(const Source<S>& x, const Weights<Compute<S>>& weights,
-                                             Compute<S>* out) {
+template <class From, class S, int K, int N, int G>
+__attribute__((noinline)) void convolve_tile(const Source<From>& x, const Weights<Compute<S>>& weights,
+                                             const Target<S>& to) {
     using T = Compute<S>;
     constexpr int W = kLanes<T>;
     const auto for_each = [](auto action) VITRAIL_INLINED {
@@ -59,7 +68,7 @@ __attribute__((noinline)) void convolve_tile(const Source<S>& x, const Weights<C
     for (int64_t row = x.first_row; row < x.last_row; ++row) {
         const T* taps = weights.data + (1 + row * weights.width) * W;
         for (int64_t first = 0; first < weights.width; first += K, taps += K * W) {
-            const S* from = x.data + row * x.row + first * column;
+            const From* from = x.data + row * x.row + first * column;
             Vec<T, W> tap[G][K];
             unroll<G>([&](auto g) VITRAIL_INLINED {
                 unroll<K>([&](auto k) VITRAIL_INLINED { tap[g][k] = load(taps + g * weights.set + k * W); });
@@ -67,7 +76,7 @@ __attribute__((noinline)) void convolve_tile(const Source<S>& x, const Weights<C
             unroll<N + K - 1>([&](auto i) VITRAIL_INLINED {
                 if (uint64_t(first + i - x.first) < count) {
                     unroll<G>([&](auto g) VITRAIL_INLINED {
-                        const Vec<T, W> place = widen<W>(from + g * x.set);
+                        const Vec<T, W> place = widen<W>(from + g * W);
                         unroll<K>([&](auto k) VITRAIL_INLINED {
                             constexpr int n = decltype(i)::kValue - decltype(k)::kValue;
                             if constexpr (n >= 0 && n < N) sum[g][n] += place * tap[g][k];
@@ -78,16 +87,23 @@ __attribute__((noinline)) void convolve_tile(const Source<S>& x, const Weights<C
             });
         }
     }
-    for_each([&](auto g, auto n) VITRAIL_INLINED { store(out + (g * kPlaces + n) * W, sum[g][n]); });
+    if (to.residual)
+        for_each([&](auto g, auto n) VITRAIL_INLINED {
+            sum[g][n] += widen<W>(to.residual + g * to.set + n * to.residual_place);
+        });
+    for_each([&](auto g, auto n)
+                 VITRAIL_INLINED { narrow<W>(to.data + g * to.set + n * to.place, sum[g][n]); });
 }
 
-template <class S, class... Arguments>
-VITRAIL_INLINE void convolve_places(int sets, int places, int64_t width, const Arguments&... arguments) {
+template <class From, class S>
+VITRAIL_INLINE void convolve_places(int sets, int places, const Source<From>& x,
+                                    const Weights<Compute<S>>& weights, const Target<S>& to) {
+    const int64_t width = weights.width;
     const auto with = [&](auto taps) VITRAIL_INLINED {
         with_count<kSets>(sets, [&](auto g) VITRAIL_INLINED {
             with_count<kPlaces>(places, [&](auto n) VITRAIL_INLINED {
-                convolve_tile<S, decltype(taps)::kValue, decltype(n)::kValue, decltype(g)::kValue>(
-                    arguments...);
+                convolve_tile<From, S, decltype(taps)::kValue, decltype(n)::kValue, decltype(g)::kValue>(
+                    x, weights, to);
             });
         });
     };
@@ -111,6 +127,7 @@ class Kernel {
     explicit Kernel(const DepthwiseConv& a)
         : a_(a),
           sets_((a.channels + W - 1) / W),
+          whole_(a.channels / W),
           weights_((1 + a.kernel_height * a.kernel_width) * W),
           prepares_(a.scale || a.shift || a.activation != Activation::kNone || a.channels < W),
           group_(group_of(weights_, sets_, prepares_)),
@@ -120,14 +137,13 @@ class Kernel {
 
     DepthwiseConvPlan plan() const {
         const int64_t prepared = prepares_ ? most_rows_ * a_.width * group_ * W : 0;
-        return {a_.images * blocks_ * groups_,
-                (group_ * (kPlaces * W + weights_) + prepared) * int64_t(sizeof(T))};
+        return {a_.images * blocks_ * groups_, (group_ * weights_ + prepared) * int64_t(sizeof(T))};
     }
 
     void convolve(void* scratch, int64_t begin, int64_t end) const {
-        T* const tile = static_cast<T*>(scratch);
-        T* const weights = tile + group_ * kPlaces * W;
+        T* const weights = static_cast<T*>(scratch);
         T* const prepared = weights + group_ * weights_;
+        S tile[2 * kPlaces * W] = {};
         for (int64_t task = begin; task < end; ++task) {
             const int64_t group = task % groups_, block = task / groups_ % blocks_;
             const int64_t image = task / groups_ / blocks_;
@@ -140,15 +156,13 @@ class Kernel {
                 const int64_t below = end_row + a_.kernel_height / 2;
                 prepare(image, first, last, top, below < a_.height ? below : a_.height, prepared);
             }
-            for (int64_t y = row; y < end_row; ++y) {
-                const int64_t column = group_ * W;
-                if (prepares_)
-                    convolve_row(image, first, last, y, prepared - top * a_.width * column, a_.width * column,
-                                 column, weights, tile);
-                else
-                    convolve_row(image, first, last, y, at<const S>(a_.x, image, 0, 0), a_.x.row, a_.x.column,
-                                 weights, tile);
-            }
+            const int64_t column = group_ * W;
+            if (prepares_)
+                convolve_rows(image, first, last, row, end_row, prepared - top * a_.width * column,
+                              a_.width * column, column, weights, tile);
+            else
+                convolve_rows(image, first, last, row, end_row, at<const S>(a_.x, image, 0, 0), a_.x.row,
+                              a_.x.column, weights, tile);
         }
     }
 
@@ -232,70 +246,74 @@ class Kernel {
         }
     }
 
-    // One row of the vectors [first, last), from place (0, 0) of the image or from what was prepared of it.
+    // Rows [top, bottom) of the sets [first, last), from place (0, 0) of the image or from what was prepared
+    // of it.
     template <class From>
-    VITRAIL_INLINE void convolve_row(int64_t image, int64_t first, int64_t last, int64_t row, const From* x,
-                                     int64_t x_row, int64_t x_column, const T* weights, T* tile) const {
+    VITRAIL_INLINE void convolve_rows(int64_t image, int64_t first, int64_t last, int64_t top, int64_t bottom,
+                                      const From* x, int64_t x_row, int64_t x_column, const T* weights,
+                                      S* tile) const {
         const int64_t side = a_.kernel_width / 2, above = a_.kernel_height / 2;
-        const int64_t tiles = (a_.width + kPlaces - 1) / kPlaces;
+        const int64_t tiles = (a_.width + kPlaces - 1) / kPlaces, channel = lanes_of(first).channel;
+        const int64_t bytes = (lanes_of(last - 1).channel + W - channel) * int64_t(sizeof(S));
         Source<From> source = {};
         source.row = x_row;
         source.column = x_column;
-        source.first_row = row < above ? above - row : 0;
-        source.last_row = row + above < a_.height ? a_.kernel_height : a_.height + above - row;
-        const From* const next =
-            !prepares_ && row + above + 1 < a_.height ? x + (row + above + 1) * x_row : nullptr;
-        for (int64_t t = 0, column = 0; t < tiles; ++t) {
-            const int places = int((a_.width - column + tiles - t - 1) / (tiles - t));
-            if (next) {
-                const int64_t bytes =
-                    (lanes_of(last - 1).channel + W - lanes_of(first).channel) * int64_t(sizeof(S));
-                for (int i = 0; i < places; ++i)
-                    prefetch(next + (column + i) * x_column + lanes_of(first).channel, bytes);
+        for (int64_t row = top; row < bottom; ++row) {
+            for (int64_t t = 0, column = 0; t < tiles; ++t) {
+                const int places = int((a_.width - column + tiles - t - 1) / (tiles - t));
+                source.first = side - column;
+                source.last = a_.width + side - column;
+                source.first_row = row < above ? above - row : 0;
+                source.last_row = row + above < a_.height ? a_.kernel_height : a_.height + above - row;
+                if (!prepares_ && row + above + 1 < a_.height) {
+                    const From* next = x + (row + above + 1) * x_row + column * x_column + channel;
+                    for (int i = 0; i < places; ++i, next += x_column) prefetch(next, bytes);
+                }
+                if (row + 1 < bottom) {
+                    S* next = at<S>(a_.out, image, row + 1, channel) + column * a_.out.column;
+                    for (int i = 0; i < places; ++i, next += a_.out.column) prefetch_to_write(next, bytes);
+                }
+                for (int64_t set = first; set < last;) {
+                    const Lanes lanes = lanes_of(set);
+                    // what is not a whole vector goes by itself, as it is written in part
+                    const int sets = set + kSets <= last && set + kSets <= whole_ ? kSets : 1;
+                    source.data = x + (row - above) * x_row + (column - side) * x_column;
+                    source.data += prepares_ ? (set - first) * W : lanes.channel;
+                    const Weights<T> kernels = {weights + (set - first) * weights_, weights_,
+                                                a_.kernel_width};
+                    Target<S> target = {at<S>(a_.out, image, row, lanes.channel) + column * a_.out.column,
+                                        a_.out.column, W, nullptr, 0};
+                    if (a_.residual.data) {
+                        target.residual =
+                            at<const S>(a_.residual, image, row, lanes.channel) + column * a_.residual.column;
+                        target.residual_place = a_.residual.column;
+                    }
+                    if (set < whole_)
+                        convolve_places<From, S>(sets, places, source, kernels, target);
+                    else
+                        convolve_part(lanes, places, source, kernels, target, tile);
+                    set += sets;
+                }
+                column += places;
             }
-            source.first = side - column;
-            source.last = a_.width + side - column;
-            for (int64_t set = first; set < last;) {
-                const int sets = last - set < kSets ? int(last - set) : kSets;
-                const int64_t channel = lanes_of(set).channel;
-                source.data = x + (row - above) * x_row + (column - side) * x_column;
-                source.data += prepares_ ? (set - first) * W : channel;
-                source.set = prepares_ ? W : lanes_of(set + sets - 1).channel - channel;
-                const Weights<T> kernels = {weights + (set - first) * weights_, weights_, a_.kernel_width};
-                convolve_places<From>(sets, places, a_.kernel_width, source, kernels,
-                                      tile + (set - first) * kPlaces * W);
-                set += sets;
-            }
-            finish(image, first, last, row, column, places, tile);
-            column += places;
         }
     }
 
-    // Adds the residual, and rounds; in the order of memory.
-    void finish(int64_t image, int64_t first, int64_t last, int64_t row, int64_t column, int places,
-                const T* sums) const {
-        S* to = at<S>(a_.out, image, row, 0) + column * a_.out.column;
-        const S* from = nullptr;
-        if (a_.residual.data) from = at<const S>(a_.residual, image, row, 0) + column * a_.residual.column;
-        for (int n = 0; n < places; ++n, sums += W, to += a_.out.column) {
-            for (int64_t set = first; set < last; ++set) {
-                const Lanes lanes = lanes_of(set);
-                V y = load(sums + (set - first) * kPlaces * W);
-                if (from) y += some(from + n * a_.residual.column + lanes.channel, lanes);
-                if (lanes.first == 0 && lanes.last == W) {
-                    narrow<W>(to + lanes.channel, y);
-                } else {
-                    S all[W];
-                    narrow<W>(all, y);
-                    __builtin_memcpy(to + lanes.channel + lanes.first, all + lanes.first,
-                                     (lanes.last - lanes.first) * sizeof(S));
-                }
-            }
-        }
+    // A set of which only some lanes may be written, or read of the residual.
+    template <class From>
+    void convolve_part(const Lanes& lanes, int places, const Source<From>& x, const Weights<T>& weights,
+                       const Target<S>& to, S* tile) const {
+        S* const residual = tile + kPlaces * W;
+        for (int n = 0; to.residual && n < places; ++n)
+            __builtin_memcpy(residual + n * W, to.residual + n * to.residual_place, lanes.last * sizeof(S));
+        convolve_places<From, S>(1, places, x, weights, {tile, W, 0, to.residual ? residual : nullptr, W});
+        for (int n = 0; n < places; ++n)
+            __builtin_memcpy(to.data + n * to.place + lanes.first, tile + n * W + lanes.first,
+                             (lanes.last - lanes.first) * sizeof(S));
     }
 
     const DepthwiseConv& a_;
-    const int64_t sets_, weights_;
+    const int64_t sets_, whole_, weights_;
     const bool prepares_;
     const int64_t group_, groups_, blocks_, most_rows_;
 };
