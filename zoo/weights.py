@@ -10,7 +10,6 @@ import pickle
 import re
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isqrt
@@ -58,8 +57,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from error
     except pickle.UnpicklingError as error:
-        with path.open("rb") as file:
-            pickled = zipfile.is_zipfile(path) or file.read(1) == b"\x80"
+        with path.open("rb") as file:  # by its first bytes: zipfile raises for some damaged files
+            pickled = file.read(2).startswith((b"PK", b"\x80"))
         if pickled:
             reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
             raise CheckpointError(
