@@ -55,9 +55,12 @@ def test_models_of_one_size_refuse_open_sides_with_the_reason(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in {*PICOS, *TOO_LARGE}])
 def test_every_model_has_a_verified_file(name, tmp_path):
-    # untrained networks choose among nearly equal keys or regions, and float32 rounding flips some of the choices
-    tolerance = {"rtol": 2e-2} if name.startswith(("sparsifiner", "biformer_stl")) else {}
-    assert to_onnx(create(name), tmp_path / "m.onnx", **tolerance).verification.passed
+    # untrained predictors choose among nearly equal keys, and float32 rounding flips some of the choices
+    options = {"rtol": 2e-2} if name.startswith("sparsifiner") else {}
+    if name.startswith("biformer_stl"):
+        # in the noise of seed 0 two regions tie in float32 (their scores differ by 4e-9 of 2e-2)
+        options["seed"] = 1
+    assert to_onnx(create(name), tmp_path / "m.onnx", **options).verification.passed
 
 
 @pytest.mark.slow
