@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ..ops import depthwise_conv
 from ..ops.packed_linear import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
-from . import stripmlp
 
 
 class _Folded(nn.Module):
@@ -197,7 +196,7 @@ class FoldedConv(nn.Module):
         dtype = conv.weight.dtype
         if pack and dtype != torch.float64:
             dtype = torch.float32
-        self.register_buffer("weight", _taps(conv).to(dtype) if pack else conv.weight.detach())
+        self.register_buffer("weight", taps_of(conv).to(dtype) if pack else conv.weight.detach())
         for name, x in (("bias", conv.bias), ("scale", scale), ("shift", shift)):
             self.register_buffer(name, None if x is None else x.detach().to(dtype))
 
@@ -222,52 +221,6 @@ class FoldedConv(nn.Module):
         return f"{tuple(self.weight.shape)}, activation={self.activation}"
 
 
-class BlendedConv(nn.Module):
-    """`stripmlp.LocalStripMixing` as one convolution: its convolutions and the identity, blended for each image.
-
-    The blend depends on the means of what they give. The mean of a convolution is that of its taps, each times the sum
-    of those numbers of the map that it meets.
-    """
-
-    taps: Tensor
-    rows: Tensor
-    columns: Tensor
-
-    def __init__(self, local: stripmlp.LocalStripMixing, size: tuple[int, int]):
-        super().__init__()
-        dtype = local.row_conv.weight.dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        side = max(local.row_conv.kernel_size)
-        taps = [_centred(_taps(local.col_conv), side), _centred(_taps(local.row_conv), side)]
-        identity = _centred(torch.ones_like(taps[0][:1, :1]), side)
-        self.register_buffer("taps", torch.stack([*taps, identity]).to(wide))
-        self.register_buffer("rows", _meets(side, size[0]).to(dtype))
-        self.register_buffer("columns", _meets(side, size[1]).to(dtype))
-        self.reweight = local.reweight
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, h, w, c = x.shape
-        sums = self.columns @ (self.rows @ x.view(b, h, w * c)).view(b, -1, w, c)
-        pooled = (sums * self.taps.sum(0)).sum((1, 2)) / (h * w)
-        blend = self.reweight(pooled.to(x.dtype)).to(self.taps.dtype).view(b, 1, 1, c, 3).softmax(-1)
-        kernel = self.taps[0] * blend[..., 0]
-        for i in (1, 2):
-            kernel.addcmul_(self.taps[i], blend[..., i])
-        return depthwise_conv(x, kernel)
-
-
-def _taps(conv: nn.Conv2d) -> Tensor:
+def taps_of(conv: nn.Conv2d) -> Tensor:
     """The kernel of a depthwise convolution, `(height, width, C)`."""
     return conv.weight.detach().squeeze(1).permute(1, 2, 0).contiguous()
-
-
-def _centred(taps: Tensor, side: int) -> Tensor:
-    """A kernel in the middle of a square one."""
-    above, left = (side - taps.shape[0]) // 2, (side - taps.shape[1]) // 2
-    return F.pad(taps, (0, 0, left, left, above, above))
-
-
-def _meets(taps: int, length: int) -> Tensor:
-    """Which of the numbers of a line each tap meets, as it moves along, `(taps, length)`."""
-    at = torch.arange(length) - torch.arange(taps)[:, None] + taps // 2
-    return (at >= 0) & (at < length)

@@ -20,10 +20,10 @@ from timm.models.vision_transformer import LayerScale as ViTLayerScale
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..ops import strip_mix
+from ..ops import depthwise_conv, strip_mix
 from ..ops.packed_linear import DTYPES
 from . import biformer, davit_fused, sparsifiner, stripmlp, stvit, stvit_swin
-from .folded import BlendedConv, FoldedConv, FoldedLinear, MlpBranch, ResponseMlp
+from .folded import FoldedConv, FoldedLinear, MlpBranch, ResponseMlp, taps_of
 
 # --- branches of blocks -----------------------------------------------------------------------------------------------
 
@@ -72,6 +72,52 @@ class FusedCrossLayer(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.mlp(self.branch(x, y))
+
+
+class BlendedConv(nn.Module):
+    """`stripmlp.LocalStripMixing` as one convolution: its convolutions and the identity, blended for each image.
+
+    The blend depends on the means of what they give. The mean of a convolution is that of its taps, each times the sum
+    of those numbers of the map that it meets.
+    """
+
+    taps: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, local: stripmlp.LocalStripMixing, size: tuple[int, int]):
+        super().__init__()
+        dtype = local.row_conv.weight.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        side = max(local.row_conv.kernel_size)
+        taps = [_centred(taps_of(local.col_conv), side), _centred(taps_of(local.row_conv), side)]
+        identity = _centred(torch.ones_like(taps[0][:1, :1]), side)
+        self.register_buffer("taps", torch.stack([*taps, identity]).to(wide))
+        self.register_buffer("rows", _meets(side, size[0]).to(dtype))
+        self.register_buffer("columns", _meets(side, size[1]).to(dtype))
+        self.reweight = local.reweight
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        sums = self.columns @ (self.rows @ x.view(b, h, w * c)).view(b, -1, w, c)
+        pooled = (sums * self.taps.sum(0)).sum((1, 2)) / (h * w)
+        blend = self.reweight(pooled.to(x.dtype)).to(self.taps.dtype).view(b, 1, 1, c, 3).softmax(-1)
+        kernel = self.taps[0] * blend[..., 0]
+        for i in (1, 2):
+            kernel.addcmul_(self.taps[i], blend[..., i])
+        return depthwise_conv(x, kernel)
+
+
+def _centred(taps: Tensor, side: int) -> Tensor:
+    """A kernel in the middle of a square one."""
+    above, left = (side - taps.shape[0]) // 2, (side - taps.shape[1]) // 2
+    return F.pad(taps, (0, 0, left, left, above, above))
+
+
+def _meets(taps: int, length: int) -> Tensor:
+    """Which of the numbers of a line each tap meets, as it moves along, `(taps, length)`."""
+    at = torch.arange(length) - torch.arange(taps)[:, None] + taps // 2
+    return (at >= 0) & (at < length)
 
 
 class FusedStripBlock(nn.Module):

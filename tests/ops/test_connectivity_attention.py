@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from fvcore.nn import FlopCountAnalysis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.ops import connectivity_attention, connectivity_topk, flops, sparse_attention, use_ops
+from vitrail.ops import connectivity_attention, connectivity_topk, sparse_attention, use_ops
 from vitrail.ops.connectivity_attention import connectivity_logits
+
+from .counting import macs_by_both
 
 OP = torch.ops.vitrail.connectivity_attention.default
 
@@ -280,9 +281,8 @@ def test_autocast_computes_in_its_dtype(dtype, grad):
 
 @pytest.mark.parametrize("c", [None, 3])
 def test_both_counters_count_the_choice_and_the_chosen_keys_alone(c):
-    class Tensors(torch.nn.Module):
-        def forward(self, *tensors):
-            return connectivity_attention(**args | dict(zip(names, tensors, strict=True)))
+    def call(*tensors):
+        return connectivity_attention(**args | dict(zip(names, tensors, strict=True)))
 
     args = example(dtype=torch.float32, num_dense=1, alive=6, num_pruned=3, c=c)
     names = ("q", "k", "v", "compressed", "offset", "basis", "candidates", *(["projection"] if c else []))
@@ -291,11 +291,7 @@ def test_both_counters_count_the_choice_and_the_chosen_keys_alone(c):
     choice = 2 * 5 * 2 * 3 * 6
     pairs = 2 * 2 * (5 * 4 + 6)
     expected = logits + choice + pairs * (4 + 3)
-    with FlopCounterMode(display=False) as counter:
-        Tensors()(*tensors)
-    assert counter.get_total_flops() == 2 * expected
-    analysis = FlopCountAnalysis(Tensors(), tensors).set_op_handle(**flops.fvcore_handlers())
-    assert analysis.unsupported_ops_warnings(False).tracer_warnings("none").total() == expected
+    assert macs_by_both(call, *tensors) == (expected, expected)
     leaf = args["q"].detach().clone().requires_grad_()
     with FlopCounterMode(display=False) as counter:
         OP(leaf, *operands(args)[1:]).sum().backward()

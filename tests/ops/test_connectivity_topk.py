@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fvcore.nn import FlopCountAnalysis
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.ops import connectivity_topk, flops, use_ops
+from vitrail.ops import connectivity_topk, use_ops
+
+from .counting import macs_by_both
 
 OP = torch.ops.vitrail.connectivity_topk.default
 
@@ -181,17 +181,12 @@ def test_compiled_exported_scripted_and_mapped_forms_choose_the_same():
 
 
 def test_both_counters_count_the_kept_coefficients_alone():
-    class Module(torch.nn.Module):
-        def forward(self, logits, basis, candidates):
-            return connectivity_topk(logits, basis, 2, 3, candidates=candidates)
+    def call(logits, basis, candidates):
+        return connectivity_topk(logits, basis, 2, 3, candidates=candidates)
 
     args = (*example(dtype=torch.float32).values(), torch.tensor([[0, 2, 3, 4], [0, 1, 5, 7]]))
     expected = 2 * 2 * 5 * 3 * 4
-    with FlopCounterMode(display=False) as counter:
-        Module()(*args)
-    assert counter.get_total_flops() == 2 * expected
-    analysis = FlopCountAnalysis(Module(), args).set_op_handle(**flops.fvcore_handlers())
-    assert analysis.unsupported_ops_warnings(False).tracer_warnings("none").total() == expected
+    assert macs_by_both(call, *args) == (expected, expected)
 
 
 BAD = {
