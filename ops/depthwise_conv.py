@@ -26,7 +26,7 @@ def reference(
     shift: Optional[Tensor],
     activation: str,
 ) -> Tensor:
-    """The definition in plain PyTorch; differentiable, traceable, and the body that export uses."""
+    """The definition in plain PyTorch; differentiable and traceable."""
     if x.numel() == 0:  # stock convolutions refuse empty maps
         return x.clone()
     y = x.to(wide_dtype(x))

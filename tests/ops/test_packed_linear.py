@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers.grn import GlobalResponseNorm
 
-from vitrail.ops import library, pack_weight, packed_grn_mlp, packed_linear, packed_mlp, use_ops
+from vitrail.ops import pack_weight, packed_grn_mlp, packed_linear, packed_mlp, use_ops
 from vitrail.ops.packed_linear import unpack_weight
 
 from .counting import macs_by_both
+from .refusals import check_kernel_refuses
 
 DTYPES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -357,11 +358,4 @@ RAW = {
 
 @pytest.mark.parametrize("case", RAW)
 def test_the_compiled_operator_checks_for_itself(case):
-    change, message = RAW[case]
-    args = operands("packed_mlp")
-    for i, value in change.items():
-        args[i] = value
-    with use_ops("fused"):
-        library.load()
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.vitrail.packed_mlp(*args)
+    check_kernel_refuses("packed_mlp", operands("packed_mlp"), *RAW[case])
