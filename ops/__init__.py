@@ -9,6 +9,7 @@ from .connectivity_attention import connectivity_attention
 from .connectivity_topk import connectivity_topk
 from .depthwise_conv import depthwise_conv
 from .library import use_ops
+from .packed_conv import pack_kernel, packed_conv
 from .packed_linear import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
 from .region_route import region_route
 from .routed_attention import routed_attention
@@ -25,7 +26,9 @@ __all__ = [
     "connectivity_topk",
     "depthwise_conv",
     "flops",
+    "pack_kernel",
     "pack_weight",
+    "packed_conv",
     "packed_grn_mlp",
     "packed_linear",
     "packed_mlp",

@@ -96,6 +96,14 @@ def packed_grn_mlp_macs(
     return x[0] * hidden * (x[1] + columns)
 
 
+def packed_conv_macs(
+    x: Shape, weight: Shape, bias: Any, columns: int, kernel: Shape, stride: Shape, padding: Shape, *_: Any
+) -> int:
+    """Each patch meets each column."""
+    patches = [(x[1 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
+    return x[0] * prod(patches) * prod(kernel) * x[3] * columns
+
+
 def depthwise_conv_macs(x: Shape, weight: Shape, *_: Any) -> int:
     """Each number of the map is a sum over the kernel."""
     return prod(x) * prod(weight[-3:-1])
@@ -105,7 +113,8 @@ def _dense_backward(forward: Callable[..., int]) -> Callable[..., int]:
     """The layers again (but for a lone one, whose result nothing needs), and twice that for the gradients."""
 
     def backward(grad: Shape, *args: Any) -> int:
-        return (2 if forward in (packed_linear_macs, depthwise_conv_macs) else 3) * forward(*args)
+        alone = forward in (packed_linear_macs, packed_conv_macs, depthwise_conv_macs)
+        return (2 if alone else 3) * forward(*args)
 
     return backward
 
@@ -187,6 +196,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "connectivity_topk": connectivity_topk_macs,
     "depthwise_conv": depthwise_conv_macs,
     "depthwise_conv_backward": _dense_backward(depthwise_conv_macs),
+    "packed_conv": packed_conv_macs,
+    "packed_conv_backward": _dense_backward(packed_conv_macs),
     "packed_grn_mlp": packed_grn_mlp_macs,
     "packed_grn_mlp_backward": _dense_backward(packed_grn_mlp_macs),
     "packed_linear": packed_linear_macs,

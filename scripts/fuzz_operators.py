@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
-from vitrail.ops import library, pack_weight, use_ops
+from vitrail.ops import library, pack_kernel, pack_weight, use_ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MEMORY = 16 * 2**30
@@ -240,6 +240,18 @@ def packed_linear(s: Source) -> list[Any]:
     ]
 
 
+def packed_conv(s: Source) -> list[Any]:
+    """Any kernel that the padded map holds."""
+    dtype, channels, columns = s.random.choice(DTYPES[:3]), s.positive(20), s.positive(70)
+    size, padding = [s.positive(20), s.positive(20)], [s.random.randrange(4) for _ in range(2)]
+    kernel = [s.positive(min(n + 2 * zeros, 8)) for n, zeros in zip(size, padding, strict=True)]
+    weight = pack_kernel(torch.randn(columns, channels, *kernel).to(dtype))
+    bias = s.maybe(lambda: torch.randn(columns, dtype=wide(dtype)))
+    x = s.floats(s.size(3), *size, channels, dtype=dtype)
+    stride = [s.positive(5), s.positive(5)]
+    return [x, weight, bias, columns, kernel, stride, padding, s.random.choice(("none", "gelu"))]
+
+
 def packed_mlp(s: Source) -> list[Any]:
     """Two such layers."""
     dtype, x, rows, depth, columns = _packed(s)
@@ -266,7 +278,7 @@ BUILDERS: dict[str, Callable[[Source], list[Any]]] = {
     for f in (
         routed_attention, window_attention, semantic_attention, channel_attention, sparse_attention,
         connectivity_topk, connectivity_attention, strip_mix, depthwise_conv, region_route, packed_linear, packed_mlp,
-        packed_grn_mlp,
+        packed_grn_mlp, packed_conv,
     )
 }  # fmt: skip
 

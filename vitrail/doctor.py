@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -64,10 +65,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _system() -> str:
+    """Like `platform.platform()`, without what a host's own build adds to the kernel's version."""
+    kernel = re.match(r"[\d.]*", platform.release())
+    version = kernel.group() if kernel else ""
+    parts = (platform.system(), version, platform.machine(), "".join(platform.libc_ver()))
+    return "-".join(part for part in parts if part)
+
+
 def _machine() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
-        "system": platform.platform(),
+        "system": _system(),
         "cpu": _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": _cores(),

@@ -1,12 +1,12 @@
 """Layers of the inference form: linear layers and convolutions that have taken in what surrounds them."""
 
-from typing import Any, Optional
+from typing import Any, Optional, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv
+from ..ops import depthwise_conv, pack_kernel, packed_conv
 from ..ops.packed_linear import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
 
 
@@ -171,6 +171,54 @@ class ResponseMlp(_Folded):
         norm = hidden.norm(p=2, dim=(1, 2), keepdim=True)
         hidden = hidden * (1 + self.grn_weight * (norm / (norm.mean(-1, keepdim=True) + self.grn_eps)))
         return residual + F.linear(hidden, self.weight2, self.shift2)
+
+
+class PackedConv(nn.Module):
+    """`activation(conv(x))` of maps `(B, C, H, W)`, channels-last within."""
+
+    weight: Tensor
+    bias: Optional[Tensor]
+
+    def __init__(self, conv: nn.Conv2d, activation: str = "none"):
+        super().__init__()
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel, self.stride = list(conv.kernel_size), list(conv.stride)
+        self.padding = [int(size) for size in conv.padding]
+        self.activation = activation
+        wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+        self.register_buffer("weight", pack_kernel(conv.weight.detach()))
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().to(wide))
+
+    @staticmethod
+    def takes(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+        """Whether this can stand for a layer."""
+        return (
+            type(conv) is nn.Conv2d
+            and conv.groups == 1
+            and conv.dilation == (1, 1)
+            and conv.padding_mode == "zeros"
+            and not isinstance(conv.padding, str)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        if x.stride(3) != 1:
+            x = x.contiguous()
+        y = packed_conv(
+            x,
+            self.weight,
+            self.bias,
+            self.out_channels,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.activation,
+        )
+        return y.permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        window = f"kernel={self.kernel}, stride={self.stride}, padding={self.padding}"
+        return f"{self.in_channels}, {self.out_channels}, {window}, activation={self.activation}"
 
 
 class FoldedConv(nn.Module):

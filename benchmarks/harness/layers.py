@@ -1,4 +1,4 @@
-"""Linear layers and depthwise convolutions with what surrounds them, and the same of stock layers."""
+"""Linear layers and convolutions with what surrounds them, and the same of stock layers."""
 
 from functools import partial
 
@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.ops import depthwise_conv, pack_weight, packed_grn_mlp, packed_linear, packed_mlp
+from vitrail.ops import (
+    depthwise_conv,
+    pack_kernel,
+    pack_weight,
+    packed_conv,
+    packed_grn_mlp,
+    packed_linear,
+    packed_mlp,
+)
 
 from .problems import Problem, Setting
 
@@ -83,24 +91,62 @@ def _depthwise(side: int, width: int, batch: int, dtype: torch.dtype, kernel: in
     return Problem((torch.randn(batch, side, side, width).to(dtype),), fused, {"convolution, sum": stock})
 
 
+def _downsampling(
+    side: int, width: int, batch: int, dtype: torch.dtype, kernel: int, stride: int, channels: int
+) -> Problem:
+    """A stem, or the layer between stages, to `side` x `side` tokens of `width` channels."""
+    weight = (torch.randn(width, channels, kernel, kernel) / (kernel * channels**0.5)).to(dtype)
+    stock_weight = weight.contiguous(memory_format=torch.channels_last)
+    packed, bias, padding = pack_kernel(weight), torch.randn(width), (kernel - stride + 1) // 2
+
+    def stock(x: Tensor) -> Tensor:
+        y = F.conv2d(x.permute(0, 3, 1, 2), stock_weight, bias.to(dtype), stride, padding)
+        return y.permute(0, 2, 3, 1)
+
+    def fused(x: Tensor) -> Tensor:
+        return packed_conv(x, packed, bias, width, [kernel] * 2, [stride] * 2, [padding] * 2)
+
+    x = torch.randn(batch, side * stride, side * stride, channels).to(dtype)
+    return Problem((x,), fused, {"convolution": stock})
+
+
 _BIFORMER = ((1, 56, 64), (2, 28, 128), (3, 14, 256), (4, 7, 512))
 _DAVIT = ((1, 56, 96), (2, 28, 192), (3, 14, 384), (4, 7, 768))
 _STRIPS = ((1, 56, 80), (2, 28, 160), (3, 14, 320), (4, 7, 640))
-SETTINGS = tuple(
-    Setting(operator, f"{model}, stage {stage}", partial(build, side, width), trains=False)
-    for operator, model, build, shapes in (
-        ("packed_linear", "davit_fused_tiny", _projection, _DAVIT),
-        ("packed_mlp", "davit_fused_tiny", _mlp, _DAVIT),
-        ("packed_grn_mlp", "stripmlp_tiny", _grn_mlp, _STRIPS),
+SETTINGS = (
+    tuple(
+        Setting(operator, f"{model}, stage {stage}", partial(build, side, width), trains=False)
+        for operator, model, build, shapes in (
+            ("packed_linear", "davit_fused_tiny", _projection, _DAVIT),
+            ("packed_mlp", "davit_fused_tiny", _mlp, _DAVIT),
+            ("packed_grn_mlp", "stripmlp_tiny", _grn_mlp, _STRIPS),
+        )
+        for stage, side, width in shapes
     )
-    for stage, side, width in shapes
-) + tuple(
-    Setting(
-        "depthwise_conv",
-        f"{model}, stage {stage}",
-        partial(_depthwise, side, width, kernel=kernel),
-        trains=False,
+    + tuple(
+        Setting(
+            "packed_conv",
+            f"{model}, stage {stage}",
+            partial(_downsampling, side, width, kernel=kernel, stride=stride, channels=channels),
+            trains=False,
+        )
+        for model, stage, side, width, kernel, stride, channels in (
+            ("biformer_tiny", 1, 56, 64, 3, 2, 32),
+            ("biformer_tiny", 2, 28, 128, 3, 2, 64),
+            ("biformer_tiny", 3, 14, 256, 3, 2, 128),
+            ("biformer_tiny", 4, 7, 512, 3, 2, 256),
+            ("davit_fused_tiny", 1, 56, 96, 7, 4, 3),
+            ("davit_fused_tiny", 4, 7, 768, 2, 2, 384),
+        )
     )
-    for model, kernel, shapes in (("biformer_tiny", 5, _BIFORMER), ("stripmlp_tiny", 7, _STRIPS))
-    for stage, side, width in shapes
+    + tuple(
+        Setting(
+            "depthwise_conv",
+            f"{model}, stage {stage}",
+            partial(_depthwise, side, width, kernel=kernel),
+            trains=False,
+        )
+        for model, kernel, shapes in (("biformer_tiny", 5, _BIFORMER), ("stripmlp_tiny", 7, _STRIPS))
+        for stage, side, width in shapes
+    )
 )

@@ -1,4 +1,4 @@
-// vitrail::packed_linear and vitrail::packed_mlp on the CPU: checks, memory, threads.
+// vitrail::packed_linear, packed_mlp, packed_grn_mlp and packed_conv on the CPU: checks, memory, threads.
 #include "linear.h"
 
 #include <cmath>
@@ -55,10 +55,15 @@ Linear layer(const Checks& checks, const char* weight_name, const Tensor& weight
     return a;
 }
 
-Storage rows_of(const Checks& checks, const char* name, const Tensor& x) {
-    checks.on_cpu(name, x);
+Storage packed_storage(const Checks& checks, const char* name, const Tensor& x) {
     const Storage storage = checks.storage(name, x);
     if (storage == Storage::kFloat16) checks.fail(name, " must be float32, float64 or bfloat16, got float16");
+    return storage;
+}
+
+Storage rows_of(const Checks& checks, const char* name, const Tensor& x) {
+    checks.on_cpu(name, x);
+    const Storage storage = packed_storage(checks, name, x);
     if (x.dim() != 2 || x.size(1) < 1 || x.size(1) > kMaxExtent)
         checks.fail(name, " must have 2 dimensions (rows, channels), with at least one channel, got shape ",
                     shape_of(x));
@@ -185,6 +190,65 @@ Tensor packed_mlp(const Tensor& x, const Tensor& weight1, const std::optional<Te
     return out;
 }
 
+// Results of a convolution along one dimension of a map.
+int64_t steps(const Checks& checks, const char* name, int64_t size, int64_t kernel, int64_t stride,
+              int64_t padding) {
+    if (kernel < 1 || kernel > kMaxExtent)
+        checks.fail("the kernel must be from 1 to ", kMaxExtent, " ", name, ", got ", kernel);
+    if (stride < 1 || stride > kMaxExtent)
+        checks.fail("strides must be from 1 to ", kMaxExtent, ", got ", stride);
+    if (padding < 0 || padding > kMaxExtent)
+        checks.fail("padding must be from 0 to ", kMaxExtent, ", got ", padding);
+    if (size + 2 * padding < kernel)
+        checks.fail("x with its padding must be at least as ", name, " as the kernel, ", kernel, ", got ",
+                    size, " + 2 * ", padding);
+    return (size + 2 * padding - kernel) / stride + 1;
+}
+
+Tensor packed_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t columns,
+                   const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                   const std::vector<int64_t>& padding, const std::string& activation) {
+    constexpr Checks checks("packed_conv");
+    checks.grid("x", x);
+    const Storage storage = packed_storage(checks, "x", x);
+    if (kernel.size() != 2 || stride.size() != 2 || padding.size() != 2)
+        checks.fail("kernel, stride and padding must be two numbers each, got ", kernel.size(), ", ",
+                    stride.size(), " and ", padding.size());
+    Patches p = {};
+    p.height = x.size(1);
+    p.width = x.size(2);
+    p.channels = x.size(3);
+    p.image = x.stride(0);
+    p.line = x.stride(1);
+    p.column = x.stride(2);
+    p.kernel_height = kernel[0];
+    p.kernel_width = kernel[1];
+    p.stride_height = stride[0];
+    p.stride_width = stride[1];
+    p.above = padding[0];
+    p.left = padding[1];
+    p.out_height = steps(checks, "high", p.height, kernel[0], stride[0], padding[0]);
+    p.out_width = steps(checks, "wide", p.width, kernel[1], stride[1], padding[1]);
+    if (p.channels < 1 || p.channels > kMaxExtent || kernel[0] > kMaxExtent / kernel[1] ||
+        kernel[0] * kernel[1] > kMaxExtent / p.channels)
+        checks.fail("a patch must have from 1 to ", kMaxExtent, " numbers, got ", kernel[0], " x ", kernel[1],
+                    " of ", p.channels, " channels");
+    if (x.size(0) > std::numeric_limits<int64_t>::max() / p.out_height / p.out_width)
+        checks.fail("x has too many images, ", x.size(0));
+    const int64_t rows = x.size(0) * p.out_height * p.out_width;
+    Linear a = layer(checks, "weight", weight, "bias", bias, storage, x, kernel[0] * kernel[1] * p.channels,
+                     columns, rows);
+    a.activation = activation_of(checks, activation);
+    Tensor out = torch::stable::new_empty(x, {x.size(0), p.out_height, p.out_width, columns});
+    if (rows == 0) return out;
+    a.x[a.inputs++].data = x.const_data_ptr();
+    a.patches = &p;
+    a.out = out.mutable_data_ptr();
+    a.out_row = columns;
+    run(a, rows, row_blocks(rows));
+    return out;
+}
+
 // Factors of global response normalisation (ConvNeXt V2), 1 + weight * norm / (mean of norms + eps), from the
 // sums of squares of an image's blocks of rows.
 template <class T>
@@ -275,4 +339,5 @@ STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
     m.impl("packed_linear", TORCH_BOX(&vitrail::packed_linear));
     m.impl("packed_mlp", TORCH_BOX(&vitrail::packed_mlp));
     m.impl("packed_grn_mlp", TORCH_BOX(&vitrail::packed_grn_mlp));
+    m.impl("packed_conv", TORCH_BOX(&vitrail::packed_conv));
 }

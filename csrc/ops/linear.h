@@ -1,4 +1,4 @@
-// What `linear` and `mlp` (checks, memory, threads) tell their kernels.
+// What linear layers, MLPs and convolutions (checks, memory, threads) tell their kernels.
 #pragma once
 
 #include "../core/tensors.h"
@@ -22,13 +22,23 @@ struct Rows {
     int64_t row, channels;
 };
 
+// Rows that are the patches of maps which a convolution sees: the channels of its taps, one after the other,
+// and zeros past the map. `image`, `line` and `column` are strides in elements.
+struct Patches {
+    int64_t image, line, column;
+    int64_t height, width, channels;
+    int64_t kernel_height, kernel_width, stride_height, stride_width, above, left;  // padding
+    int64_t out_height, out_width;
+};
+
 // out = activation(norm(x) W^T + bias) + residual, where a row of x is that of its inputs, one after the
-// other.
+// other, or a patch of the first.
 struct Linear {
     Storage storage;
     Rows x[kMaxInputs];
     int inputs;
-    const void* residual;  // or null
+    const Patches* patches;  // or null
+    const void* residual;    // or null
     int64_t residual_row;
     void* out;
     int64_t out_row;

@@ -1,4 +1,5 @@
-// linear and mlp for one instruction set. Compiled once per backend, with -DVITRAIL_ISA=<namespace>.
+// Linear layers, MLPs and convolutions for one instruction set. Compiled once per backend, with
+// -DVITRAIL_ISA=<namespace>.
 #include "../core/activation.h"
 #include "../core/gemm.h"
 #include "linear.h"
@@ -16,9 +17,9 @@ struct Kernel {
     static int64_t padded(int64_t depth) { return (depth + kDepth - 1) / kDepth * kDepth; }
     static int64_t panels(const Linear& a) { return (a.columns + kPanel - 1) / kPanel; }
     // Whether the rows of x must be written anew before they can be multiplied.
-    static bool prepares(const Linear& a) {
-        return a.inputs > 1 || a.norm_eps >= 0 || a.factors || a.depth % kDepth != 0;
-    }
+    static bool prepares(const Linear& a) { return gathers(a) || changes(a); }
+    static bool gathers(const Linear& a) { return a.inputs > 1 || a.patches; }
+    static bool changes(const Linear& a) { return a.norm_eps >= 0 || a.factors || a.depth % kDepth != 0; }
     static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
     static int64_t prepared_size(const Linear& a) {
         return prepares(a) ? aligned(kRowBlock * padded(a.depth) * int64_t(sizeof(S))) : 0;
@@ -26,18 +27,48 @@ struct Kernel {
 
     static const S* row_of(const Rows& x, int64_t row) { return static_cast<const S*>(x.data) + row * x.row; }
 
+    // A row of all inputs.
+    static void join(const Linear& a, int64_t row, S* to) {
+        for (int i = 0; i < a.inputs; to += a.x[i++].channels)
+            __builtin_memcpy(to, row_of(a.x[i], row), a.x[i].channels * sizeof(S));
+    }
+
+    // A row of patches.
+    static void cut(const Linear& a, int64_t row, S* to) {
+        const Patches& p = *a.patches;
+        const int64_t line = row / p.out_width, image = line / p.out_height;
+        const int64_t top = line % p.out_height * p.stride_height - p.above;
+        const int64_t left = row % p.out_width * p.stride_width - p.left;
+        const int64_t past = p.width - left;
+        const int64_t begin = left < 0 ? -left : 0, end = past < p.kernel_width ? past : p.kernel_width;
+        const int64_t wide = p.kernel_width * p.channels;
+        const S* const map = static_cast<const S*>(a.x[0].data) + image * p.image;
+        for (int64_t y = top; y < top + p.kernel_height; ++y, to += wide) {
+            if (y < 0 || y >= p.height || begin >= end) {
+                __builtin_memset(to, 0, wide * sizeof(S));
+                continue;
+            }
+            __builtin_memset(to, 0, begin * p.channels * sizeof(S));
+            const S* const from = map + y * p.line + left * p.column;
+            if (p.column == p.channels) {
+                const int64_t first = begin * p.channels;
+                __builtin_memcpy(to + first, from + first, (end - begin) * p.channels * sizeof(S));
+            } else {
+                for (int64_t x = begin; x < end; ++x)
+                    __builtin_memcpy(to + x * p.channels, from + x * p.column, p.channels * sizeof(S));
+            }
+            __builtin_memset(to + end * p.channels, 0, (p.kernel_width - end) * p.channels * sizeof(S));
+        }
+    }
+
     // The rows of x with mean 0 and variance 1, or times their factors, or as they are; padded to whole
     // elements.
     static void prepare(const Linear& a, int64_t row, int64_t rows, S* to) {
         const int64_t depth = a.depth, stride = padded(depth), whole = depth / W * W;
         for (int64_t r = 0; r < rows; ++r, to += stride) {
-            const S* from = row_of(a.x[0], row + r);
-            if (a.inputs > 1) {
-                S* at = to;
-                for (int i = 0; i < a.inputs; at += a.x[i++].channels)
-                    __builtin_memcpy(at, row_of(a.x[i], row + r), a.x[i].channels * sizeof(S));
-                from = to;
-            }
+            if (gathers(a)) a.patches ? cut(a, row + r, to) : join(a, row + r, to);
+            if (!changes(a)) continue;
+            const S* const from = gathers(a) ? to : row_of(a.x[0], row + r);
             const T* factor =
                 a.factors ? static_cast<const T*>(a.factors) + row / a.image_rows * depth : nullptr;
             T mean = 0, scale = 1;
