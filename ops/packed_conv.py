@@ -1,8 +1,8 @@
 """`packed_conv`: convolutions of channels-last maps with weights laid out once, for inference.
 
-Stems and the layers between stages are convolutions with a stride. Stock ones lay their weights out anew at every call,
-which for the late ones, with many weights and few tokens, takes longer than the product. Here a patch is a row of the
-same product that `packed_linear` computes: rows are cut from the map, a block at a time, while they are in cache.
+The layers between late stages have many weights and few tokens, and stock convolutions lay their weights out anew at
+every call: with one image that takes as long as the product. Here a patch is a row of the product that `packed_linear`
+computes; rows are cut from the map, a block at a time, while they are in cache.
 """
 
 from typing import List, Optional
@@ -47,24 +47,22 @@ def reference(
     kernel: List[int],
     stride: List[int],
     padding: List[int],
-    activation: str,
 ) -> Tensor:
     """The definition in plain PyTorch; differentiable and traceable."""
     taps = unpack_weight(weight, columns, kernel[0] * kernel[1] * x.shape[3])
     taps = taps.reshape(columns, kernel[0], kernel[1], x.shape[3]).permute(0, 3, 1, 2)
     bias = None if bias is None else bias.to(x.dtype)
-    y = F.conv2d(x.permute(0, 3, 1, 2), taps, bias, stride, padding).permute(0, 2, 3, 1)
-    return F.gelu(y) if activation == "gelu" else y
+    return F.conv2d(x.permute(0, 3, 1, 2), taps, bias, stride, padding).permute(0, 2, 3, 1)
 
 
-def _like(x, weight, bias, columns, kernel, stride, padding, activation) -> Tensor:
+def _like(x, weight, bias, columns, kernel, stride, padding) -> Tensor:
     size = [(x.shape[1 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
     return x.new_empty((x.shape[0], *size, columns))
 
 
 _operator = Operator(
     "packed_conv",
-    "Tensor x, Tensor weight, Tensor? bias, int columns, int[] kernel, int[] stride, int[] padding, str activation",
+    "Tensor x, Tensor weight, Tensor? bias, int columns, int[] kernel, int[] stride, int[] padding",
     reference,
     _like,
     differentiable=("x", "weight", "bias"),
@@ -95,9 +93,8 @@ def packed_conv(
     kernel: List[int],
     stride: List[int],
     padding: List[int],
-    activation: str = "none",
 ) -> Tensor:
-    """`activation(convolution(x) + bias)` with a packed weight.
+    """A convolution with a packed weight.
 
     Args:
         x: `(B, H, W, C)`; float32, float64 or bfloat16 (sums are float32, float64 for float64). Channels must be
@@ -106,14 +103,13 @@ def packed_conv(
         bias: `(columns,)` float32, or float64 for float64; None for none.
         columns: channels of the result; packed weights are padded, so they do not say.
         kernel, stride, padding: height and width of each; zeros stand past the map.
-        activation: `none` or `gelu` (the exact one).
 
     Returns:
         `(B, H', W', columns)`, dtype of `x`, where H' = (H + 2 * padding - kernel) // stride + 1, and so W'.
 
     Raises:
         TypeError: a dtype that is not allowed.
-        ValueError: shapes that do not fit, a kernel larger than the map, or an unknown activation.
+        ValueError: shapes that do not fit, or a kernel larger than the map.
     """
     if not torch.jit.is_scripting():
         check_grid("x", x)
@@ -121,7 +117,7 @@ def packed_conv(
         if bias is not None and tuple(bias.shape) != (columns,):
             raise ValueError(f"bias must have shape ({columns},), got {tuple(bias.shape)}")
         layer = ("", weight, bias, kernel[0] * kernel[1] * x.shape[3], columns)
-        check_layers(x, [layer], activation)
+        check_layers(x, [layer], "none")
     if torch.jit.is_scripting():
-        return torch.ops.vitrail.packed_conv(x, weight, bias, columns, kernel, stride, padding, activation)
-    return _operator(x, weight, bias, columns, kernel, stride, padding, activation)
+        return torch.ops.vitrail.packed_conv(x, weight, bias, columns, kernel, stride, padding)
+    return _operator(x, weight, bias, columns, kernel, stride, padding)

@@ -249,7 +249,7 @@ def packed_conv(s: Source) -> list[Any]:
     bias = s.maybe(lambda: torch.randn(columns, dtype=wide(dtype)))
     x = s.floats(s.size(3), *size, channels, dtype=dtype)
     stride = [s.positive(5), s.positive(5)]
-    return [x, weight, bias, columns, kernel, stride, padding, s.random.choice(("none", "gelu"))]
+    return [x, weight, bias, columns, kernel, stride, padding]
 
 
 def packed_mlp(s: Source) -> list[Any]:

@@ -109,6 +109,12 @@ def test_the_pages_of_models_and_weights_are_what_the_registry_says():
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+def test_tables_of_speed_are_what_the_results_say():
+    command = [sys.executable, ROOT / "scripts" / "performance_docs.py", "--check"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
 def test_the_changelog_knows_the_current_version():
     assert metadata.version("vitrail") == vitrail.__version__
     assert f"\n## [{vitrail.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

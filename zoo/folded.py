@@ -1,6 +1,6 @@
 """Layers of the inference form: linear layers and convolutions that have taken in what surrounds them."""
 
-from typing import Any, Optional, TypeGuard
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -174,51 +174,38 @@ class ResponseMlp(_Folded):
 
 
 class PackedConv(nn.Module):
-    """`activation(conv(x))` of maps `(B, C, H, W)`, channels-last within."""
+    """A convolution of maps `(B, C, H, W)`, channels-last within."""
 
     weight: Tensor
     bias: Optional[Tensor]
 
-    def __init__(self, conv: nn.Conv2d, activation: str = "none"):
+    def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel, self.stride = list(conv.kernel_size), list(conv.stride)
         self.padding = [int(size) for size in conv.padding]
-        self.activation = activation
         wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
         self.register_buffer("weight", pack_kernel(conv.weight.detach()))
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().to(wide))
 
     @staticmethod
-    def takes(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-        """Whether this can stand for a layer."""
-        return (
-            type(conv) is nn.Conv2d
-            and conv.groups == 1
-            and conv.dilation == (1, 1)
-            and conv.padding_mode == "zeros"
-            and not isinstance(conv.padding, str)
-        )
+    def pays(conv: nn.Conv2d) -> bool:
+        """Whether this can stand for a layer, and has so many weights that laying them out once is worth more than
+        what stock convolutions do better, to cut patches.
+        """
+        plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+        return plain and not isinstance(conv.padding, str) and conv.weight.numel() >= 1 << 17
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
         if x.stride(3) != 1:
             x = x.contiguous()
-        y = packed_conv(
-            x,
-            self.weight,
-            self.bias,
-            self.out_channels,
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.activation,
-        )
+        y = packed_conv(x, self.weight, self.bias, self.out_channels, self.kernel, self.stride, self.padding)
         return y.permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         window = f"kernel={self.kernel}, stride={self.stride}, padding={self.padding}"
-        return f"{self.in_channels}, {self.out_channels}, {window}, activation={self.activation}"
+        return f"{self.in_channels}, {self.out_channels}, {window}"
 
 
 class FoldedConv(nn.Module):

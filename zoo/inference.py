@@ -7,6 +7,7 @@ cache; elsewhere, and in exported files, standard operators compute the same.
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -200,15 +201,12 @@ class FoldedPredictor(sparsifiner.ConnectivityPredictor):
 # --- rules: what each kind of module becomes --------------------------------------------------------------------------
 
 
-def _is_gelu(module: nn.Module) -> bool:
-    return type(module) is nn.GELU and module.approximate == "none"
-
-
 def _is_plain(mlp: Any) -> bool:
     return (
         type(mlp) is Mlp
         and type(mlp.fc1) is nn.Linear
-        and _is_gelu(mlp.act)
+        and type(mlp.act) is nn.GELU
+        and mlp.act.approximate == "none"
         and type(mlp.norm) is nn.Identity
     )
 
@@ -358,19 +356,13 @@ RULES: dict[type[nn.Module], Callable[[Any, bool], Optional[nn.Module]]] = {
 _WEIGHT_READERS = (sparsifiner.ConnectivityPredictor, biformer.RegionRouter, nn.MultiheadAttention)
 
 
-def _fold_sequence(layers: nn.Sequential, pack: bool) -> None:
-    """BatchNorm goes into the convolution before it, and GELU, too, where that is packed."""
-    last = ""
-    for name, module in layers.named_children():
-        conv = layers._modules.get(last)
-        if isinstance(conv, nn.Conv2d) and isinstance(module, nn.BatchNorm2d):
-            layers._modules[last] = fuse_conv_bn_eval(conv, module)
-        elif pack and _is_gelu(module) and conv is not None and PackedConv.takes(conv):
-            layers._modules[last] = PackedConv(conv, "gelu")
-        else:
-            last = name
-            continue
-        layers._modules[name] = nn.Identity()
+def _fold_batch_norm(layers: nn.Sequential) -> None:
+    """BatchNorm goes into the convolution before it."""
+    for first, second in itertools.pairwise(list(layers._modules)):
+        conv, norm = layers._modules[first], layers._modules[second]
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            layers._modules[first] = fuse_conv_bn_eval(conv, norm)
+            layers._modules[second] = nn.Identity()
 
 
 def _fuse(module: nn.Module, pack: bool) -> nn.Module:
@@ -380,10 +372,11 @@ def _fuse(module: nn.Module, pack: bool) -> nn.Module:
         return fused
     if type(module) is nn.Linear and pack:
         return FoldedLinear(module, pack)
-    if pack and PackedConv.takes(module):
-        return PackedConv(module)
+    if type(module) is nn.Conv2d and pack:
+        # stock convolutions of channels-last maps want weights that are channels-last, too
+        return PackedConv(module) if PackedConv.pays(module) else module.to(memory_format=torch.channels_last)
     if isinstance(module, nn.Sequential):
-        _fold_sequence(module, pack)
+        _fold_batch_norm(module)
     if not isinstance(module, _WEIGHT_READERS):
         for name, child in module.named_children():
             setattr(module, name, _fuse(child, pack))
@@ -397,7 +390,7 @@ def fuse_for_inference(
 
     Args:
         model: a model of this package, or anything made of one (a `features_only` backbone, a detector). Modules that
-            no rule knows stay as they are, but for linear layers, convolutions, and what follows those.
+            no rule knows stay as they are, but for linear layers, convolutions, and BatchNorm after those.
         dtype: of the copy; default: as it is. Weights are folded in float64 before they are rounded.
         pack: lay weights out for the CPU kernels; default: where the model is on the CPU in float32, float64 or
             bfloat16. Without it the form consists of standard operators alone, for export and other devices.

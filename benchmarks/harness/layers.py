@@ -94,7 +94,7 @@ def _depthwise(side: int, width: int, batch: int, dtype: torch.dtype, kernel: in
 def _downsampling(
     side: int, width: int, batch: int, dtype: torch.dtype, kernel: int, stride: int, channels: int
 ) -> Problem:
-    """A stem, or the layer between stages, to `side` x `side` tokens of `width` channels."""
+    """The layer between stages, to `side` x `side` tokens of `width` channels."""
     weight = (torch.randn(width, channels, kernel, kernel) / (kernel * channels**0.5)).to(dtype)
     stock_weight = weight.contiguous(memory_format=torch.channels_last)
     packed, bias, padding = pack_kernel(weight), torch.randn(width), (kernel - stride + 1) // 2
@@ -131,11 +131,9 @@ SETTINGS = (
             trains=False,
         )
         for model, stage, side, width, kernel, stride, channels in (
-            ("biformer_tiny", 1, 56, 64, 3, 2, 32),
-            ("biformer_tiny", 2, 28, 128, 3, 2, 64),
             ("biformer_tiny", 3, 14, 256, 3, 2, 128),
             ("biformer_tiny", 4, 7, 512, 3, 2, 256),
-            ("davit_fused_tiny", 1, 56, 96, 7, 4, 3),
+            ("davit_fused_tiny", 3, 14, 384, 2, 2, 192),
             ("davit_fused_tiny", 4, 7, 768, 2, 2, 384),
         )
     )

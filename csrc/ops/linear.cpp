@@ -207,7 +207,7 @@ int64_t steps(const Checks& checks, const char* name, int64_t size, int64_t kern
 
 Tensor packed_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t columns,
                    const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                   const std::vector<int64_t>& padding, const std::string& activation) {
+                   const std::vector<int64_t>& padding) {
     constexpr Checks checks("packed_conv");
     checks.grid("x", x);
     const Storage storage = packed_storage(checks, "x", x);
@@ -238,7 +238,6 @@ Tensor packed_conv(const Tensor& x, const Tensor& weight, const std::optional<Te
     const int64_t rows = x.size(0) * p.out_height * p.out_width;
     Linear a = layer(checks, "weight", weight, "bias", bias, storage, x, kernel[0] * kernel[1] * p.channels,
                      columns, rows);
-    a.activation = activation_of(checks, activation);
     Tensor out = torch::stable::new_empty(x, {x.size(0), p.out_height, p.out_width, columns});
     if (rows == 0) return out;
     a.x[a.inputs++].data = x.const_data_ptr();

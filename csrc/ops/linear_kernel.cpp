@@ -33,6 +33,23 @@ struct Kernel {
             __builtin_memcpy(to, row_of(a.x[i], row), a.x[i].channels * sizeof(S));
     }
 
+    // Few numbers, without a call: the last two pieces overlap.
+    static void copy(const S* from, int64_t count, S* to) {
+        const char* const source = reinterpret_cast<const char*>(from);
+        char* const target = reinterpret_cast<char*>(to);
+        const int64_t bytes = count * int64_t(sizeof(S));
+        const auto pieces = [&](auto size) VITRAIL_INLINED {
+            constexpr int kSize = decltype(size)::kValue;
+            if (bytes < kSize) return false;
+            for (int64_t at = 0; at + kSize <= bytes; at += kSize)
+                __builtin_memcpy(target + at, source + at, kSize);
+            __builtin_memcpy(target + bytes - kSize, source + bytes - kSize, kSize);
+            return true;
+        };
+        pieces(Index<64>()) || pieces(Index<32>()) || pieces(Index<16>()) || pieces(Index<8>()) ||
+            pieces(Index<4>()) || pieces(Index<2>());
+    }
+
     // A row of patches.
     static void cut(const Linear& a, int64_t row, S* to) {
         const Patches& p = *a.patches;
@@ -42,22 +59,19 @@ struct Kernel {
         const int64_t past = p.width - left;
         const int64_t begin = left < 0 ? -left : 0, end = past < p.kernel_width ? past : p.kernel_width;
         const int64_t wide = p.kernel_width * p.channels;
+        const bool beside = p.column == p.channels;
         const S* const map = static_cast<const S*>(a.x[0].data) + image * p.image;
         for (int64_t y = top; y < top + p.kernel_height; ++y, to += wide) {
-            if (y < 0 || y >= p.height || begin >= end) {
-                __builtin_memset(to, 0, wide * sizeof(S));
-                continue;
-            }
-            __builtin_memset(to, 0, begin * p.channels * sizeof(S));
-            const S* const from = map + y * p.line + left * p.column;
-            if (p.column == p.channels) {
-                const int64_t first = begin * p.channels;
-                __builtin_memcpy(to + first, from + first, (end - begin) * p.channels * sizeof(S));
-            } else {
-                for (int64_t x = begin; x < end; ++x)
-                    __builtin_memcpy(to + x * p.channels, from + x * p.column, p.channels * sizeof(S));
-            }
-            __builtin_memset(to + end * p.channels, 0, (p.kernel_width - end) * p.channels * sizeof(S));
+            const bool on_map = y >= 0 && y < p.height && begin < end;
+            if (!on_map || end - begin < p.kernel_width) __builtin_memset(to, 0, wide * sizeof(S));
+            if (!on_map) continue;
+            const S* from = map + y * p.line + (left + begin) * p.column;
+            S* at = to + begin * p.channels;
+            if (beside)
+                copy(from, (end - begin) * p.channels, at);
+            else
+                for (int64_t x = begin; x < end; ++x, from += p.column, at += p.channels)
+                    copy(from, p.channels, at);
         }
     }
 

@@ -22,7 +22,7 @@ def wide(dtype):
 
 def example(
     shape=(2, 5, 6, 7), columns=33, kernel=(3, 2), stride=(2, 1), padding=(1, 0), dtype=torch.float64,
-    bias=True, activation="gelu", seed=0,
+    bias=True, seed=0,
 ):  # fmt: skip
     """Arguments of packed_conv, but for a weight that is not packed."""
     g = torch.Generator().manual_seed(seed)
@@ -38,7 +38,6 @@ def example(
         "kernel": list(kernel),
         "stride": list(stride),
         "padding": list(padding),
-        "activation": activation,
     }
 
 
@@ -50,8 +49,7 @@ def stock(args):
     """The same from stock layers, in float64."""
     bias = None if args["bias"] is None else args["bias"].double()
     x = args["x"].double().permute(0, 3, 1, 2)
-    y = F.conv2d(x, args["weight"].double(), bias, args["stride"], args["padding"]).permute(0, 2, 3, 1)
-    return F.gelu(y) if args["activation"] == "gelu" else y
+    return F.conv2d(x, args["weight"].double(), bias, args["stride"], args["padding"]).permute(0, 2, 3, 1)
 
 
 def error(got, want):
@@ -72,15 +70,14 @@ def error(got, want):
     padding=st.tuples(*[st.integers(0, 8)] * 2),
     dtype=st.sampled_from(list(DTYPES)),
     bias=st.booleans(),
-    activation=st.sampled_from(["none", "gelu"]),
     mode=st.sampled_from(["auto", "reference"]),
     threads=st.sampled_from([1, 2, 3]),
 )
 def test_any_window_is_that_of_stock_layers(
-    images, size, channels, columns, kernel, stride, padding, dtype, bias, activation, mode, threads
+    images, size, channels, columns, kernel, stride, padding, dtype, bias, mode, threads
 ):
     kernel = [min(k, n + 2 * p) for k, n, p in zip(kernel, size, padding, strict=True)]
-    args = example((images, *size, channels), columns, kernel, stride, padding, dtype, bias, activation)
+    args = example((images, *size, channels), columns, kernel, stride, padding, dtype, bias)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -196,7 +193,6 @@ BAD = {
     "stride": ({"stride": [2]}, ValueError, r"stride must be two numbers of at least 1, got \(2,\)"),
     "padding": ({"padding": [0, -1]}, ValueError, r"padding must be two numbers of at least 0, got \(0, -1\)"),
     "small map": ({"x": torch.zeros(2, 5, 1, 7).double()}, ValueError, r"at least as wide as the kernel, 2, got 1 \+ 2 \* 0"),
-    "activation": ({"activation": "relu"}, ValueError, "activation must be one of none, gelu, got 'relu'"),
 }  # fmt: skip
 
 
@@ -229,7 +225,6 @@ RAW = {
     "stride": ({5: [0, 1]}, r"strides must be from 1 to \d+, got 0"),
     "padding": ({6: [1, -1]}, r"padding must be from 0 to \d+, got -1"),
     "small map": ({4: [7, 2]}, r"at least as high as the kernel, 7, got 4 \+ 2 \* 1"),
-    "name": ({7: "relu"}, "activation must be 'none' or 'gelu', got 'relu'"),
 }  # fmt: skip
 
 
