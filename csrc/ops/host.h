@@ -185,7 +185,9 @@ inline Tokens tokens_of(const Tensor& t) {
 }
 
 struct AlignedBuffer {
-    explicit AlignedBuffer(int64_t bytes) : data(::operator new(size_t(bytes), kAlignment)) {}
+    explicit AlignedBuffer(int64_t bytes) : data(::operator new(size_t(bytes), kAlignment, std::nothrow)) {
+        if (!data) throw std::bad_alloc();  // which sanitizers would not
+    }
     ~AlignedBuffer() { ::operator delete(data, kAlignment); }
     AlignedBuffer(const AlignedBuffer&) = delete;
     AlignedBuffer& operator=(const AlignedBuffer&) = delete;

@@ -90,7 +90,7 @@ class Kernel {
           chunk_(together_ * lanes_.of(lanes_.sets() - 1).copies * kDepth) {}
 
     StripMixGradientsPlan plan() const {
-        const int64_t sums = lanes_.sets() * (3 * a_.length + 1) * a_.length * W + 4;
+        const int64_t sums = lanes_.sets() * (3 * a_.length + 1) * a_.length * W;
         const int64_t packed = together_ * a_.length * (2 * a_.strips + 2) * kRow;
         return {sums * int64_t(sizeof(T)), packed * int64_t(sizeof(P)), parts_ * lanes_.sets()};
     }
@@ -243,7 +243,7 @@ class Kernel {
         for (int lane = 0; lane < lanes.count; lane += 4) {
             Vec<T, 4> sum = {};
             for (int copy = 0; copy < lanes.copies; ++copy)
-                sum += load<T, 4>(from + copy * lanes.width + lane);
+                sum += widen_some(from + copy * lanes.width + lane, lanes.count - lane);
             narrow_some(to + lane, sum, lanes.count - lane);
         }
     }

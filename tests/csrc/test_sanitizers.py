@@ -12,12 +12,13 @@ import pytest
 
 from vitrail.ops import library
 
-KERNEL_TESTS = sorted(
-    path
-    for path in Path(__file__).parent.glob("test_*.py")
-    if path.stem not in ("test_fuzz", Path(__file__).stem)
-)
-FUZZER = Path(__file__).resolve().parents[2] / "scripts" / "fuzz_operators.py"
+HERE = Path(__file__).parent
+KERNEL_TESTS = [
+    *sorted(path for path in HERE.glob("test_*.py") if path.stem not in ("test_fuzz", Path(__file__).stem)),
+    # where operators of the inference form have all their tests
+    *(HERE.parent / "ops" / f"test_{name}.py" for name in ("packed_linear", "packed_conv", "depthwise_conv")),
+]
+FUZZER = HERE.parents[1] / "scripts" / "fuzz_operators.py"
 MEMORY, THREADS = ("address", "undefined"), ("thread",)
 
 pytestmark = pytest.mark.slow
