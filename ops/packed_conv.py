@@ -78,6 +78,8 @@ def _check_window(x: Tensor, kernel: List[int], stride: List[int], padding: List
     for name, pair, least in (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
         if len(pair) != 2 or min(pair) < least:
             raise ValueError(f"{name} must be two numbers of at least {least}, got {tuple(pair)}")
+    if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
+        raise ValueError(f"padding must be less than the kernel, {tuple(kernel)}, got {tuple(padding)}")
     for name, size, taps, zeros in zip(("high", "wide"), x.shape[1:3], kernel, padding, strict=True):
         if size + 2 * zeros < taps:
             raise ValueError(
@@ -102,14 +104,14 @@ def packed_conv(
         weight: `pack_kernel` of `(columns, C, height, width)`, dtype of `x`.
         bias: `(columns,)` float32, or float64 for float64; None for none.
         columns: channels of the result; packed weights are padded, so they do not say.
-        kernel, stride, padding: height and width of each; zeros stand past the map.
+        kernel, stride, padding: height and width of each; zeros stand past the map, fewer than the kernel is wide.
 
     Returns:
         `(B, H', W', columns)`, dtype of `x`, where H' = (H + 2 * padding - kernel) // stride + 1, and so W'.
 
     Raises:
         TypeError: a dtype that is not allowed.
-        ValueError: shapes that do not fit, or a kernel larger than the map.
+        ValueError: shapes that do not fit, or a kernel larger than the map with its padding.
     """
     if not torch.jit.is_scripting():
         check_grid("x", x)

@@ -243,8 +243,9 @@ def packed_linear(s: Source) -> list[Any]:
 def packed_conv(s: Source) -> list[Any]:
     """Any kernel that the padded map holds."""
     dtype, channels, columns = s.random.choice(DTYPES[:3]), s.positive(20), s.positive(70)
-    size, padding = [s.positive(20), s.positive(20)], [s.random.randrange(4) for _ in range(2)]
-    kernel = [s.positive(min(n + 2 * zeros, 8)) for n, zeros in zip(size, padding, strict=True)]
+    size = [s.positive(20), s.positive(20)]
+    kernel = [s.positive(min(n, 8)) for n in size]
+    padding = [s.random.randrange(taps) for taps in kernel]
     weight = pack_kernel(torch.randn(columns, channels, *kernel).to(dtype))
     bias = s.maybe(lambda: torch.randn(columns, dtype=wide(dtype)))
     x = s.floats(s.size(3), *size, channels, dtype=dtype)

@@ -193,8 +193,15 @@ class PackedConv(nn.Module):
         """Whether this can stand for a layer, and has so many weights that laying them out once is worth more than
         what stock convolutions do better, to cut patches.
         """
-        plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-        return plain and not isinstance(conv.padding, str) and conv.weight.numel() >= 1 << 17
+        if (
+            conv.groups != 1
+            or conv.dilation != (1, 1)
+            or conv.padding_mode != "zeros"
+            or isinstance(conv.padding, str)
+        ):
+            return False
+        inside = all(zeros < taps for zeros, taps in zip(conv.padding, conv.kernel_size, strict=True))
+        return inside and conv.weight.numel() >= 1 << 17
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)

@@ -197,8 +197,8 @@ int64_t steps(const Checks& checks, const char* name, int64_t size, int64_t kern
         checks.fail("the kernel must be from 1 to ", kMaxExtent, " ", name, ", got ", kernel);
     if (stride < 1 || stride > kMaxExtent)
         checks.fail("strides must be from 1 to ", kMaxExtent, ", got ", stride);
-    if (padding < 0 || padding > kMaxExtent)
-        checks.fail("padding must be from 0 to ", kMaxExtent, ", got ", padding);
+    if (padding < 0 || padding >= kernel)
+        checks.fail("padding must be from 0 to less than the kernel, ", kernel, ", got ", padding);
     if (size + 2 * padding < kernel)
         checks.fail("x with its padding must be at least as ", name, " as the kernel, ", kernel, ", got ",
                     size, " + 2 * ", padding);

@@ -76,7 +76,8 @@ def error(got, want):
 def test_any_window_is_that_of_stock_layers(
     images, size, channels, columns, kernel, stride, padding, dtype, bias, mode, threads
 ):
-    kernel = [min(k, n + 2 * p) for k, n, p in zip(kernel, size, padding, strict=True)]
+    kernel = [min(taps, n) for taps, n in zip(kernel, size, strict=True)]
+    padding = [min(zeros, taps - 1) for zeros, taps in zip(padding, kernel, strict=True)]
     args = example((images, *size, channels), columns, kernel, stride, padding, dtype, bias)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -192,6 +193,7 @@ BAD = {
     "kernel": ({"kernel": [3, 0]}, ValueError, r"kernel must be two numbers of at least 1, got \(3, 0\)"),
     "stride": ({"stride": [2]}, ValueError, r"stride must be two numbers of at least 1, got \(2,\)"),
     "padding": ({"padding": [0, -1]}, ValueError, r"padding must be two numbers of at least 0, got \(0, -1\)"),
+    "wide padding": ({"padding": [1, 2]}, ValueError, r"padding must be less than the kernel, \(3, 2\), got \(1, 2\)"),
     "small map": ({"x": torch.zeros(2, 5, 1, 7).double()}, ValueError, r"at least as wide as the kernel, 2, got 1 \+ 2 \* 0"),
 }  # fmt: skip
 
@@ -223,7 +225,7 @@ RAW = {
     "large kernel": ({4: [2**62, 2]}, r"the kernel must be from 1 to \d+ high, got"),
     "one number": ({4: [3]}, "must be two numbers each, got 1, 2 and 2"),
     "stride": ({5: [0, 1]}, r"strides must be from 1 to \d+, got 0"),
-    "padding": ({6: [1, -1]}, r"padding must be from 0 to \d+, got -1"),
+    "padding": ({6: [1, -1]}, r"padding must be from 0 to less than the kernel, 2, got -1"),
     "small map": ({4: [7, 2]}, r"at least as high as the kernel, 7, got 4 \+ 2 \* 1"),
 }  # fmt: skip
 
