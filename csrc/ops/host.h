@@ -17,6 +17,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_THREAD__)
+#include <exception>
 #include <thread>
 #endif
 
@@ -210,9 +211,18 @@ template <class Body>
 void parallel(int64_t count, int64_t, const Body& body) {
     const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), count);
     std::vector<std::thread> threads;
+    std::vector<std::exception_ptr> errors(std::max<int64_t>(parts, 0));
     for (int64_t i = 0; i < parts; ++i)
-        threads.emplace_back([&, i] { body(count * i / parts, count * (i + 1) / parts); });
+        threads.emplace_back([&, i] {
+            try {
+                body(count * i / parts, count * (i + 1) / parts);
+            } catch (...) {
+                errors[i] = std::current_exception();
+            }
+        });
     for (std::thread& thread : threads) thread.join();
+    for (const std::exception_ptr& error : errors)
+        if (error) std::rethrow_exception(error);
 }
 #else
 template <class Body>
