@@ -4,7 +4,6 @@ python scripts/model_docs.py           # write it
 python scripts/model_docs.py --check   # fail if it is not up to date
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 import timm
 import torch
+from pages import write_pages
 from rich.progress import track
 from torch import nn
 
@@ -183,22 +183,8 @@ def models_page() -> str:
 
 def main() -> int:
     """Write the pages, or check them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 if the pages are not up to date")
-    options = parser.parse_args()
-    stale = []
-    for name, page in (("MODELS.md", models_page), ("WEIGHTS.md", weights_page)):
-        target, text = DOCS / name, page()
-        if not target.is_file() or target.read_text(encoding="utf-8") != text:
-            stale.append(f"docs/{name}")
-            if not options.check:
-                target.write_text(text, encoding="utf-8")
-    if options.check and stale:
-        print(f"error: {' and '.join(stale)}: not what the registry says; run `make docs`", file=sys.stderr)
-        return 1
-    return 0
+    made = {DOCS / "MODELS.md": models_page, DOCS / "WEIGHTS.md": weights_page}
+    return write_pages(__doc__, made, "the registry says")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ python scripts/performance_docs.py           # write them
 python scripts/performance_docs.py --check   # fail if they are not up to date
 """
 
-import argparse
 import itertools
 import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pages import write_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -216,12 +218,13 @@ SECTIONS: dict[str, list[Callable[[], str]]] = {
 }
 
 
-def page(text: str, sections: list[Callable[[], str]]) -> str:
+def page(path: Path, sections: list[Callable[[], str]]) -> str:
     """A page with its tables made anew."""
+    text = path.read_text(encoding="utf-8")
     for section in sections:
         begin, end = (f"<!-- {section.__name__}: {mark} -->" for mark in ("begin", "end"))
         if begin not in text or end not in text:
-            raise ValueError(f"the page must have the marks {begin} and {end}, between which its table goes")
+            raise ValueError(f"{path} must have the marks {begin} and {end}, between which a table goes")
         before, rest = text.split(begin, 1)
         text = f"{before}{begin}\n{section()}\n{end}{rest.split(end, 1)[1]}"
     return text
@@ -229,24 +232,8 @@ def page(text: str, sections: list[Callable[[], str]]) -> str:
 
 def main() -> int:
     """Write the tables, or check them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 if the tables are not up to date")
-    options = parser.parse_args()
-    stale = []
-    for name, sections in SECTIONS.items():
-        target = ROOT / name
-        text = target.read_text(encoding="utf-8")
-        made = page(text, sections)
-        if made != text:
-            stale.append(name)
-            if not options.check:
-                target.write_text(made, encoding="utf-8")
-    if options.check and stale:
-        print(f"error: {' and '.join(stale)}: not what the results say; run `make docs`", file=sys.stderr)
-        return 1
-    return 0
+    made = {ROOT / name: partial(page, ROOT / name, sections) for name, sections in SECTIONS.items()}
+    return write_pages(__doc__, made, "the results say")
 
 
 if __name__ == "__main__":

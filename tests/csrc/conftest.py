@@ -6,7 +6,8 @@ import pytest
 
 from vitrail.ops import library
 
-from .kernels import OTHER_CAPABILITIES, check_with, with_threads
+from ..threads import with_threads
+from .kernels import OTHER_CAPABILITIES, check_with
 
 
 @pytest.fixture(scope="module", autouse=True)

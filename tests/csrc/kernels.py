@@ -66,20 +66,6 @@ def check_gradients(
     return gradients
 
 
-def with_threads(call: Callable[[], Sequence[Tensor]]) -> None:
-    """The same bits with one, two and three threads."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(call())
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        for x, first in zip(result, results[0], strict=True):
-            assert torch.equal(x, first)
-
-
 def check_with(capability: str, file: str) -> None:
     """The tests of a file again, in a process that may use no more than this instruction set."""
     if os.environ.get("ATEN_CPU_CAPABILITY") is not None:

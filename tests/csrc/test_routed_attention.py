@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitrail.ops import library
 
+from ..threads import with_threads
 from .kernels import (
     EXAMPLES,
     OTHER_CAPABILITIES,
@@ -23,7 +24,6 @@ from .kernels import (
     check_gradients,
     check_outputs,
     check_with,
-    with_threads,
 )
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ..threads import with_threads
 from .kernels import (
     EXAMPLES,
     OTHER_CAPABILITIES,
@@ -15,7 +16,6 @@ from .kernels import (
     check_gradients,
     check_outputs,
     check_with,
-    with_threads,
 )
 
 OP = torch.ops.vitrail.window_attention

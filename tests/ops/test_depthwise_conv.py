@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from vitrail.ops import depthwise_conv, use_ops
 
+from ..threads import torch_threads, with_threads
 from .counting import macs_by_both
+from .place import check_compiled_and_scripted, check_vmap
 from .refusals import check_kernel_refuses
 
 DTYPES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -79,13 +81,8 @@ def test_any_shape_is_that_of_stock_layers(
     images, height, width, channels, kernel, dtype, per_image, extras, mode, threads
 ):
     args = example((images, height, width, channels), kernel, dtype, per_image, extras)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with use_ops(mode):
-            got = depthwise_conv(**args)
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads), use_ops(mode):
+        got = depthwise_conv(**args)
     assert got.dtype == dtype
     assert got.is_contiguous() or mode == "reference"
     assert error(got, stock(**args)) <= DTYPES[dtype]
@@ -104,17 +101,9 @@ def test_maps_may_be_parts_of_wider_ones(mode):
 @each_dtype
 def test_results_do_not_depend_on_the_number_of_threads_or_on_other_images(dtype):
     args = example((4, 40, 33, 48), (7, 3), dtype)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(depthwise_conv(**args))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results[1:])
+    with_threads(lambda: (depthwise_conv(**args),))
     some = args | {name: args[name][1:2] for name in ("x", "residual")}
-    assert torch.equal(depthwise_conv(**some), results[0][1:2])
+    assert torch.equal(depthwise_conv(**some), depthwise_conv(**args)[1:2])
 
 
 @each_mode
@@ -160,19 +149,12 @@ def test_gradients_are_those_of_the_definition(per_image):
 
 
 def test_vmap_gives_each_entry_its_own_result():
-    x, *rest = operands()
-    xs = torch.stack([x, -2 * x])
-    got = torch.vmap(lambda x: torch.ops.vitrail.depthwise_conv(x, *rest))(xs)
-    for i in range(2):
-        torch.testing.assert_close(got[i], torch.ops.vitrail.depthwise_conv(xs[i], *rest))
+    check_vmap(torch.ops.vitrail.depthwise_conv, *operands())
 
 
 def test_it_can_be_compiled_and_scripted():
     args = example(dtype=torch.float32)
-    want = depthwise_conv(**args)
-    compiled = torch.compile(lambda **kwargs: depthwise_conv(**kwargs), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**args), want)
-    torch.testing.assert_close(torch.jit.script(depthwise_conv)(**args), want)
+    check_compiled_and_scripted(depthwise_conv, args)
 
 
 @each_mode

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from vitrail.ops import pack_kernel, packed_conv, use_ops
 
+from ..threads import torch_threads, with_threads
 from .counting import macs_by_both
+from .place import check_compiled_and_scripted, check_vmap
 from .refusals import check_kernel_refuses
 
 DTYPES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -79,13 +81,8 @@ def test_any_window_is_that_of_stock_layers(
     kernel = [min(taps, n) for taps, n in zip(kernel, size, strict=True)]
     padding = [min(zeros, taps - 1) for zeros, taps in zip(padding, kernel, strict=True)]
     args = example((images, *size, channels), columns, kernel, stride, padding, dtype, bias)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with use_ops(mode):
-            got = call(args)
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads), use_ops(mode):
+        got = call(args)
     want = stock(args)
     assert got.dtype == dtype
     assert got.shape == want.shape
@@ -106,16 +103,8 @@ def test_maps_may_be_parts_of_wider_ones(mode):
 @each_dtype
 def test_results_do_not_depend_on_the_number_of_threads_or_on_other_images(dtype):
     args = example((4, 40, 33, 24), 70, (3, 3), (2, 2), (1, 1), dtype)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(call(args))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results[1:])
-    assert torch.equal(call(args | {"x": args["x"][1:2]}), results[0][1:2])
+    with_threads(lambda: (call(args),))
+    assert torch.equal(call(args | {"x": args["x"][1:2]}), call(args)[1:2])
 
 
 @each_mode
@@ -157,20 +146,13 @@ def test_gradients_are_those_of_the_definition():
 
 
 def test_vmap_gives_each_entry_its_own_result():
-    x, *rest = operands()
-    xs = torch.stack([x, -2 * x])
-    got = torch.vmap(lambda x: torch.ops.vitrail.packed_conv(x, *rest))(xs)
-    for i in range(2):
-        torch.testing.assert_close(got[i], torch.ops.vitrail.packed_conv(xs[i], *rest))
+    check_vmap(torch.ops.vitrail.packed_conv, *operands())
 
 
 def test_it_can_be_compiled_and_scripted():
     args = example(dtype=torch.float32)
     args["weight"] = pack_kernel(args["weight"])
-    want = packed_conv(**args)
-    compiled = torch.compile(lambda **kwargs: packed_conv(**kwargs), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**args), want)
-    torch.testing.assert_close(torch.jit.script(packed_conv)(**args), want)
+    check_compiled_and_scripted(packed_conv, args)
 
 
 @each_mode

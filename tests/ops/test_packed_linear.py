@@ -10,7 +10,9 @@ from timm.layers.grn import GlobalResponseNorm
 from vitrail.ops import pack_weight, packed_grn_mlp, packed_linear, packed_mlp, use_ops
 from vitrail.ops.packed_linear import unpack_weight
 
+from ..threads import torch_threads, with_threads
 from .counting import macs_by_both
+from .place import check_vmap
 from .refusals import check_kernel_refuses
 
 DTYPES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -113,13 +115,8 @@ def test_an_mlp_of_any_shape_is_that_of_stock_layers(mode, threads, **shape):
     args = example(**shape)
     if shape["norm"] and shape["depth"] == 1:
         return  # the norm of a single channel is the rounding of nothing
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with use_ops(mode):
-            got = call_mlp(args)
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads), use_ops(mode):
+        got = call_mlp(args)
     assert got.dtype == shape["dtype"]
     assert got.is_contiguous()
     assert error(got, stock_mlp(args)) <= DTYPES[shape["dtype"]]
@@ -201,22 +198,14 @@ def test_absent_biases_are_zeros():
 def test_results_do_not_depend_on_the_number_of_threads_or_on_other_rows(dtype, rows):
     args = example(rows=(rows,), depth=50, hidden=800, columns=70, dtype=dtype)
     grn_weight = torch.randn(800, dtype=wide(dtype))
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            three_dims = packed(args | {n: args[n][None] for n in ("x", "residual")})
-            results.append(
-                (call_mlp(args), packed_grn_mlp(**three_dims, grn_weight=grn_weight, hidden=800, columns=70))
-            )
-    finally:
-        torch.set_num_threads(before)
-    for mlp, grn in results[1:]:
-        assert torch.equal(mlp, results[0][0])
-        assert torch.equal(grn, results[0][1])
+
+    def call():
+        three_dims = packed(args | {n: args[n][None] for n in ("x", "residual")})
+        return call_mlp(args), packed_grn_mlp(**three_dims, grn_weight=grn_weight, hidden=800, columns=70)
+
+    with_threads(call)
     some = args | {name: args[name][7:20] for name in ("x", "residual")}
-    assert torch.equal(call_mlp(some), results[0][0][7:20])
+    assert torch.equal(call_mlp(some), call_mlp(args)[7:20])
 
 
 def test_no_rows_give_no_rows():
@@ -287,12 +276,7 @@ def test_gradients_are_those_of_the_definition(name):
 
 @each_operator
 def test_vmap_gives_each_entry_its_own_result(name):
-    args = operands(name)
-    op = getattr(torch.ops.vitrail, name)
-    xs = torch.stack([args[0], -2 * args[0]])
-    got = torch.vmap(lambda x: op(x, *args[1:]))(xs)
-    for i in range(2):
-        torch.testing.assert_close(got[i], op(xs[i], *args[1:]))
+    check_vmap(getattr(torch.ops.vitrail, name), *operands(name))
 
 
 @each_operator
