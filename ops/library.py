@@ -341,9 +341,7 @@ def _build_locked(compiler: Compiler, target: Path, sanitize: Sequence[str], pro
     try:
         compiles, link = compile_commands(compiler, work / LIBRARY_NAME, sanitize)
         total = len(compiles) + 1
-        progress(
-            0, total, f"compiling the CPU operators with {compiler.version} (once; one to four minutes)"
-        )
+        progress(0, total, f"compiling the CPU operators with {compiler.version} (once; one to four minutes)")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with ThreadPoolExecutor(cores) as pool:
             for done, _ in enumerate(pool.map(_run, compiles), 1):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._checks import check_grid
 from ._operator import Operator
-from .packed_linear import check_layers, pack_weight, unpack_weight
+from .packed_linear import check_packed, pack_weight, unpack_weight
 
 
 def pack_kernel(weight: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def packed_conv(
         if bias is not None and tuple(bias.shape) != (columns,):
             raise ValueError(f"bias must have shape ({columns},), got {tuple(bias.shape)}")
         layer = ("", weight, bias, kernel[0] * kernel[1] * x.shape[3], columns)
-        check_layers(x, [layer], "none")
+        check_packed(x, [layer], columns, None, "none")
     if torch.jit.is_scripting():
         return torch.ops.vitrail.packed_conv(x, weight, bias, columns, kernel, stride, padding)
     return _operator(x, weight, bias, columns, kernel, stride, padding)

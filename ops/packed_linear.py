@@ -157,8 +157,12 @@ def _check_joined(x: Tensor, others: List[Tuple[str, Optional[Tensor]]]) -> int:
     return depth
 
 
-def check_layers(
-    x: Tensor, layers: List[Tuple[str, Tensor, Optional[Tensor], int, int]], activation: str
+def check_packed(
+    x: Tensor,
+    layers: List[Tuple[str, Tensor, Optional[Tensor], int, int]],
+    columns: int,
+    residual: Optional[Tensor],
+    activation: str,
 ) -> None:
     """Layers are given as suffix of their arguments' names, weight, bias, depth (0: that of x) and width."""
     if not isinstance(x, Tensor) or x.dim() < 1:
@@ -184,9 +188,6 @@ def check_layers(
                 f"bias{suffix} must have shape ({width},), or the last dimensions of {(*x.shape[:-1], width)}, and "
                 f"dtype {wide}, got {tuple(bias.shape)} of {bias.dtype}"
             )
-
-
-def _check_residual(x: Tensor, columns: int, residual: Optional[Tensor]) -> None:
     if residual is not None and (residual.shape != (*x.shape[:-1], columns) or residual.dtype != x.dtype):
         raise ValueError(
             f"residual must have shape {(*x.shape[:-1], columns)} and dtype {x.dtype}, "
@@ -241,8 +242,7 @@ def packed_linear(
     """
     if not torch.jit.is_scripting():
         depth = _check_joined(x, [("x2", x2), ("x3", x3)])
-        check_layers(x, [("", weight, bias, depth, columns)], activation)
-        _check_residual(x, columns, residual)
+        check_packed(x, [("", weight, bias, depth, columns)], columns, residual, activation)
     eps = -1.0 if norm_eps is None else norm_eps
     y = _packed_linear(
         _rows(x), _rows(x2), _rows(x3), weight, _bias(bias), _rows(residual), columns, eps, activation
@@ -281,8 +281,7 @@ def packed_mlp(
     """
     if not torch.jit.is_scripting():
         layers = [("1", weight1, bias1, 0, hidden), ("2", weight2, bias2, hidden, columns)]
-        check_layers(x, layers, activation)
-        _check_residual(x, columns, residual)
+        check_packed(x, layers, columns, residual, activation)
     eps = -1.0 if norm_eps is None else norm_eps
     y = _packed_mlp(
         _rows(x),
@@ -332,8 +331,7 @@ def packed_grn_mlp(
     """
     if not torch.jit.is_scripting():
         layers = [("1", weight1, bias1, 0, hidden), ("2", weight2, bias2, hidden, columns)]
-        check_layers(x, layers, "gelu")
-        _check_residual(x, columns, residual)
+        check_packed(x, layers, columns, residual, "gelu")
         if tuple(grn_weight.shape) != (hidden,) or grn_weight.dtype != wide_dtype(x):
             raise ValueError(
                 f"grn_weight must have shape ({hidden},) and dtype {wide_dtype(x)}, "
