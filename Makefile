@@ -19,7 +19,7 @@ env: $(READY) ## make .venv with vitrail (editable) and the development tools
 demo: $(READY) ## a photo through biformer_tiny: features, routing picture, verified ONNX file, speed
 	$(BIN)/vitrail demo
 
-test: $(READY) ## the tests, in under ten minutes on two cores
+test: $(READY) ## the tests (twenty minutes on two cores)
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY) ## the tests and those that take minutes each
@@ -40,10 +40,10 @@ bench: $(READY) ## operators and models against stock PyTorch, timm and, with PE
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/models.py $(if $(PEERS),--peers "$(PEERS)")
 
-fuzz: $(READY) ## a million calls of the compiled operators with random and spoiled arguments (ten minutes)
+fuzz: $(READY) ## a million calls of the compiled operators with random and spoiled arguments (half an hour)
 	$(BIN)/python scripts/fuzz_operators.py --calls 1000000
 
-sanitize: $(READY) ## the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer (half an hour)
+sanitize: $(READY) ## the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer (an hour)
 	$(BIN)/python -m pytest -q -n $(JOBS) tests/csrc/test_sanitizers.py
 
 docs: $(READY) ## write docs/MODELS.md and docs/WEIGHTS.md from the registry, tables of speed from benchmarks/results
