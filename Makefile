@@ -6,7 +6,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
-CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h')
+CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-all lint format bench fuzz sanitize docs clean

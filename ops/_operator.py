@@ -143,10 +143,10 @@ class Operator:
 
     def _kernel(self, *args):
         """Hands over to the compiled library once that is loaded, else runs the definition."""
-        on_cpu = args[0].device.type == "cpu"
-        if self._compiled and on_cpu and library.load():
+        device = args[0].device.type
+        if self._compiled and library.load(device) and self._has_kernel(self.name, device):
             return self.op(*args)
-        if self._check_values is not None and on_cpu:
+        if self._check_values is not None and device == "cpu":
             self._check_values(*args)
         out = tuple(x.contiguous() for x in _tuple(self._forward(*args)))
         # an operator must not return one of its inputs
@@ -155,8 +155,9 @@ class Operator:
 
     def _backward_kernel(self, grad, *rest):
         """The same for the gradients."""
-        on_cpu = grad.device.type == "cpu"
-        if self._compiled and on_cpu and library.load() and self._has_backward():
+        device = grad.device.type
+        name = f"{self.name}_backward"
+        if self._compiled and library.load(device) and self._has_kernel(name, device):
             return self.backward_op(grad, *rest)
         return self._differentiate(grad, *rest)
 
@@ -170,8 +171,9 @@ class Operator:
         )
         return grads if len(grads) > 1 else grads[0]
 
-    def _has_backward(self) -> bool:
-        return library.has_kernel(f"vitrail::{self.name}_backward", "CPU")
+    @staticmethod
+    def _has_kernel(name: str, device: str) -> bool:
+        return library.has_kernel(f"vitrail::{name}", device.upper())
 
     def _leaves(self, args):
         """The arguments with fresh leaves where they are differentiable, and these leaves."""

@@ -1,17 +1,22 @@
-"""The compiled library: which path the operators take, and how the library is found, built and loaded.
+"""The compiled libraries: which path the operators take, and how a library is found, built and loaded.
 
-The library is plain C++ on the LibTorch stable ABI, without a Python ABI. In this order it is taken from
-`VITRAIL_LIBRARY` (a path), from the package itself (a wheel may carry it), or from the cache, into which it
-is compiled at first use; never at import. Where none of that works, one warning says why, and the PyTorch
-definitions run instead.
+There is one for the CPU and one for NVIDIA GPUs, each loaded when the first tensor comes that lies there. They are
+plain C++ and CUDA on the LibTorch stable ABI, without a Python ABI. In this order a library is taken from the path
+that the environment names, from the package itself (a wheel may carry it), or from the cache, into which it is
+compiled at first use; never at import. Where none of that works, one warning says why, and the PyTorch definitions
+run instead.
 
 Environment:
     VITRAIL_OPS           `auto` (compiled where possible), `fused` (compiled or an error) or `reference`.
     VITRAIL_BUILD         `0` forbids compiling at first use.
-    VITRAIL_LIBRARY       path of a library to load instead of any other.
+    VITRAIL_LIBRARY       path of a library for the CPU to load instead of any other.
+    VITRAIL_CUDA_LIBRARY  the same for GPUs.
     VITRAIL_CACHE         where libraries are kept; default $XDG_CACHE_HOME/vitrail or ~/.cache/vitrail.
     VITRAIL_LOCK_TIMEOUT  seconds to wait for another process that is compiling; default 300.
-    CXX                   the compiler; default: the first of c++, g++, clang++.
+    CXX                   the C++ compiler; default: the first of c++, g++, clang++.
+    CUDACXX               the CUDA compiler; default: nvcc of CUDA_HOME, on the path, or of /usr/local/cuda.
+    TORCH_CUDA_ARCH_LIST  what to compile for, such as `8.0;9.0+PTX`; default: the GPUs of this machine, without
+                          any everything that is supported.
 """
 
 import contextlib
@@ -19,6 +24,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -37,6 +43,7 @@ import torch
 
 MODES = ("auto", "fused", "reference")
 LIBRARY_NAME = "libvitrail.so"
+CUDA_LIBRARY_NAME = "libvitrail_cuda.so"
 
 # --- which path ---------------------------------------------------------------------------------------------
 
@@ -96,7 +103,8 @@ _FLAGS = (
     "-Wno-psabi",
 )
 # The oldest torch whose stable ABI the library asks for: 2.11.
-_TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem{_TORCH / 'include'}")
+_TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+_TORCH_FLAGS = (_TORCH_VERSION, f"-isystem{_TORCH / 'include'}")
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 
@@ -109,7 +117,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command that runs it and the first line of its `--version`."""
+    """A compiler: the command that runs it, and what its `--version` says of it in one line."""
 
     command: tuple[str, ...]
     version: str
@@ -128,13 +136,8 @@ def find_compiler() -> Compiler:
     for command in candidates:
         if shutil.which(command[0]) is None:
             continue
-        try:
-            run = subprocess.run(
-                [*command, "--version"], capture_output=True, text=True, timeout=60, check=True
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise BuildError(f"the C++ compiler {shlex.join(command)!r} does not run: {error}") from error
-        return Compiler(tuple(command), (run.stdout or run.stderr).partition("\n")[0].strip())
+        said = _version(command, "C++")
+        return Compiler(tuple(command), said.partition("\n")[0].strip())
     if named:
         raise BuildError(f"the C++ compiler {named[0]!r}, named by CXX, was not found; correct or unset CXX")
     raise BuildError(
@@ -142,6 +145,50 @@ def find_compiler() -> Compiler:
         "Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
         "conda: conda install cxx-compiler) or name it in CXX"
     )
+
+
+def _version(command: Sequence[str], language: str) -> str:
+    try:
+        run = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"the {language} compiler {shlex.join(command)!r} does not run: {error}") from error
+    return run.stdout or run.stderr
+
+
+def find_cuda_compiler() -> Compiler:
+    """The compiler that `CUDACXX` names, or nvcc of `CUDA_HOME`, on the path, or of /usr/local/cuda.
+
+    Raises:
+        BuildError: there is none, it does not run, or torch is for another major version of CUDA, or for none.
+    """
+    if torch.version.cuda is None:
+        raise BuildError(
+            "this torch is without CUDA; install one for your GPU: https://pytorch.org/get-started"
+        )
+    named = os.environ.get("CUDACXX")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = (
+        [named] if named else [*([f"{home}/bin/nvcc"] if home else ()), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    )
+    found = next((path for x in candidates if (path := shutil.which(x))), None)
+    if found is None:
+        if named:
+            raise BuildError(
+                f"the CUDA compiler {named!r}, named by CUDACXX, was not found; correct or unset CUDACXX"
+            )
+        raise BuildError(
+            f"no CUDA compiler was found; install the CUDA toolkit {torch.version.cuda.partition('.')[0]} "
+            "(https://developer.nvidia.com/cuda-downloads; conda: conda install cuda-nvcc) or name its nvcc in CUDACXX"
+        )
+    release = re.search(r"release (\d+)\.(\d+)", _version([found], "CUDA"))
+    if release is None:
+        raise BuildError(f"{found} does not say which release of CUDA it is; CUDACXX must name an nvcc")
+    if release[1] != torch.version.cuda.partition(".")[0]:
+        raise BuildError(
+            f"{found} is of CUDA {release[1]}.{release[2]}, torch of {torch.version.cuda}: their major versions must "
+            "agree; name another nvcc in CUDACXX, or install another torch"
+        )
+    return Compiler((found, "-ccbin", *find_compiler().command[:1]), f"nvcc {release[1]}.{release[2]}")
 
 
 def _instruction_sets() -> dict[str, tuple[str, ...]]:
@@ -184,14 +231,117 @@ def compile_commands(
     return compiles, [*compiler.command, "-shared", *sanitizer, "-o", str(target), *objects, *libraries]
 
 
+# Every architecture that has what the kernels use, the newest also as PTX, for those to come.
+CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+_CUDA_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-Xptxas=-v",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-psabi",
+    # torch's shims for CUDA stand behind this
+    "-DUSE_CUDA",
+    "-DVITRAIL_CUDA",
+    "-DVITRAIL_ISA=cuda",
+    "-DVITRAIL_DEVICE_KEY=CUDA",
+)
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """What is compiled for: `TORCH_CUDA_ARCH_LIST`, or the GPUs of this machine, or everything supported.
+
+    Raises:
+        BuildError: the list names something that is not an architecture, or one that is too old.
+    """
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if named:
+        chosen = tuple(named.replace(";", " ").split())
+    elif torch.cuda.is_available():
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        chosen = tuple(f"{major}.{minor}" for major, minor in sorted(capabilities))
+    else:
+        chosen = CUDA_ARCHITECTURES
+    for architecture in chosen:
+        match = re.fullmatch(r"(\d+)\.(\d+)(\+PTX)?", architecture)
+        if match is None:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST must hold versions such as 8.0;9.0+PTX, got {architecture!r} in {named!r}"
+            )
+        if int(match[1]) < 8:
+            raise BuildError(
+                f"the CUDA operators need compute capability 8.0 (Ampere) or newer, got {architecture}; "
+                "older GPUs run their definitions in PyTorch: VITRAIL_OPS=reference"
+            )
+    return chosen
+
+
+def cuda_commands(
+    compiler: Compiler, target: Path, sanitize: Sequence[str] = ()
+) -> tuple[list[list[str]], list[str]]:
+    """The same as `compile_commands` for the kernels of GPUs, which no sanitizer of the host knows."""
+    chosen = [x.removesuffix("+PTX").replace(".", "") for x in cuda_architectures()]
+    # The front end runs once for all: no kernel uses what only a newer architecture has.
+    codes = [f"-gencode=arch=compute_80,code=[{','.join(f'sm_{number}' for number in chosen)}]"]
+    codes += [
+        f"-gencode=arch=compute_{number},code=compute_{number}"
+        for number, name in zip(chosen, cuda_architectures(), strict=True)
+        if name.endswith("+PTX")
+    ]
+    compiles, objects = [], []
+    flags = (*_CUDA_FLAGS, *codes, _TORCH_VERSION, f"-isystem={_TORCH / 'include'}")
+    for source in sorted(_SOURCES.rglob("*.cu")):
+        objects.append(str(target.with_name(f"{source.stem}.o")))
+        compiles.append([*compiler.command, *flags, "-c", str(source), "-o", objects[-1]])
+    lib = _TORCH / "lib"
+    libraries = [f"-L{lib}", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-Xlinker", f"-rpath={lib}"]
+    return compiles, [*compiler.command, "-shared", "-o", str(target), *objects, *libraries]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the libraries: the device it is for, and how it is made."""
+
+    device: str
+    """As a tensor's `device.type` says it."""
+    file: str
+    variable: str
+    """Of the environment: names a library to load instead."""
+    what: str
+    find_compiler: Callable[[], Compiler]
+    commands: Callable[[Compiler, Path, Sequence[str]], tuple[list[list[str]], list[str]]]
+    suffixes: tuple[str, ...]
+    """Of sources that it is made of."""
+
+
+CPU = Part(
+    "cpu",
+    LIBRARY_NAME,
+    "VITRAIL_LIBRARY",
+    "the CPU operators with {} (once; one to four minutes)",
+    find_compiler,
+    compile_commands,
+    (".cpp", ".h"),
+)
+CUDA = Part(
+    "cuda",
+    CUDA_LIBRARY_NAME,
+    "VITRAIL_CUDA_LIBRARY",
+    "the CUDA operators with {} (once; some minutes)",
+    find_cuda_compiler,
+    cuda_commands,
+    (".cu", ".h"),
+)
+PARTS = {part.device: part for part in (CPU, CUDA)}
+
+
 def _digest(*parts: object) -> str:
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()[:16]
 
 
-def _source_key(sanitize: Sequence[str] = ()) -> str:
+def _source_key(sanitize: Sequence[str] = (), part: Part = CPU) -> str:
     """Changes with anything that changes the library, the compiler apart."""
-    commands = compile_commands(Compiler((), ""), Path(LIBRARY_NAME), sanitize)
-    sources = [path for path in sorted(_SOURCES.rglob("*")) if path.suffix in (".cpp", ".h")]
+    commands = part.commands(Compiler((), ""), Path(part.file), sanitize)
+    sources = [path for path in sorted(_SOURCES.rglob("*")) if path.suffix in part.suffixes]
     contents = [(path.relative_to(_SOURCES).as_posix(), path.read_bytes()) for path in sources]
     torch_key = (torch.__version__, torch.compiled_with_cxx11_abi())
     return _digest(contents, commands, torch_key, platform.system(), platform.machine())
@@ -234,26 +384,26 @@ def _writable(directory: Path) -> bool:
         return False
 
 
-def _cached(compiler: Compiler | None) -> Path | None:
+def _cached(part: Part, compiler: Compiler | None) -> Path | None:
     """A library compiled earlier from these sources; by any compiler where there is none now."""
-    key = _source_key()
+    key = _source_key(part=part)
     for cache in (cache_directory(), _temporary_cache()):
         if cache == _temporary_cache() and not _is_ours(cache):
             continue
         if compiler is not None:
-            path = cache / key / _compiler_key(compiler) / LIBRARY_NAME
+            path = cache / key / _compiler_key(compiler) / part.file
             if path.is_file():
                 return path
-        elif found := sorted((cache / key).glob(f"*/{LIBRARY_NAME}")):
+        elif found := sorted((cache / key).glob(f"*/{part.file}")):
             return found[0]
     return None
 
 
-def _prebuilt() -> Path | None:
-    named = os.environ.get("VITRAIL_LIBRARY")
+def _prebuilt(part: Part) -> Path | None:
+    named = os.environ.get(part.variable)
     if named:
         return Path(named).expanduser()
-    path = _SOURCES / LIBRARY_NAME
+    path = _SOURCES / part.file
     return path if path.is_file() else None
 
 
@@ -265,21 +415,23 @@ def build(
     directory: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     sanitize: Sequence[str] = (),
+    part: Part = CPU,
 ) -> Path:
-    """Compile the library, unless that was done before, and return its path.
+    """Compile a library, unless that was done before, and return its path.
 
     Args:
         force: compile even if the library is there.
         directory: put it there rather than into the cache.
         progress: called with (units done, units in all, what happens) instead of lines on stderr.
         sanitize: sanitizers to compile in, such as `("address", "undefined")`; for tests.
+        part: which one; default: that for the CPU.
 
     Raises:
         BuildError: no compiler, an error while compiling, no room, or a lock that was held for too long.
     """
-    compiler = find_compiler()
-    kept = Path(_source_key(sanitize)) / _compiler_key(compiler) / LIBRARY_NAME
-    target = cache_directory() / kept if directory is None else Path(directory) / LIBRARY_NAME
+    compiler = part.find_compiler()
+    kept = Path(_source_key(sanitize, part)) / _compiler_key(compiler) / part.file
+    target = cache_directory() / kept if directory is None else Path(directory) / part.file
     if directory is None and not target.is_file() and not _writable(target.parent):
         cache = _temporary_cache()
         with contextlib.suppress(OSError):
@@ -296,7 +448,7 @@ def build(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_name(".lock"), progress is None):
             if not target.is_file() or force or directory is not None:
-                _build_locked(compiler, target, sanitize, progress or _say)
+                _build_locked(part, compiler, target, sanitize, progress or _say)
     except OSError as error:
         raise BuildError(f"the library could not be written to {target.parent}: {error}") from error
     return target
@@ -335,19 +487,21 @@ def _lock(path: Path, announce: bool) -> Iterator[None]:
         lock.release()
 
 
-def _build_locked(compiler: Compiler, target: Path, sanitize: Sequence[str], progress: Progress) -> None:
+def _build_locked(
+    part: Part, compiler: Compiler, target: Path, sanitize: Sequence[str], progress: Progress
+) -> None:
     started = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix=".build-", dir=target.parent))
     try:
-        compiles, link = compile_commands(compiler, work / LIBRARY_NAME, sanitize)
+        compiles, link = part.commands(compiler, work / part.file, sanitize)
         total = len(compiles) + 1
-        progress(0, total, f"compiling the CPU operators with {compiler.version} (once; one to four minutes)")
+        progress(0, total, f"compiling {part.what.format(compiler.version)}")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with ThreadPoolExecutor(cores) as pool:
             for done, _ in enumerate(pool.map(_run, compiles), 1):
                 progress(done, total, "compiling")
         _run(link)
-        os.replace(work / LIBRARY_NAME, target)
+        os.replace(work / part.file, target)
         progress(total, total, f"compiled in {time.monotonic() - started:.0f} s, kept as {target}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -379,7 +533,7 @@ class _State:
     reason: str | None = None
 
 
-_state = _State()
+_states = {part.device: _State() for part in PARTS.values()}
 _loading = threading.Lock()
 
 
@@ -393,8 +547,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_lock)
 
 
-def load() -> bool:
-    """Load the compiled library, compiling it first where needed; at most one attempt per process.
+def load(device: str = "cpu") -> bool:
+    """Load the compiled library for a device, compiling it first where needed; at most one attempt per process.
+
+    Args:
+        device: as a tensor's `device.type` says it; there are libraries for `cpu` and `cuda`.
 
     Returns:
         Whether the compiled operators are there. The first time they are not, a warning says why.
@@ -402,40 +559,44 @@ def load() -> bool:
     Raises:
         RuntimeError: they are not there and the mode is `fused`.
     """
-    if _state.path is not None:
+    if device not in PARTS:
+        return False
+    part, state = PARTS[device], _states[device]
+    if state.path is not None:
         return True
     wanted = mode()
     if wanted == "reference":
         return False
     with _loading:
-        if _state.path is None and _state.reason is None:
+        if state.path is None and state.reason is None:
             try:
-                _load()
+                _load(part)
             except (BuildError, OSError, RuntimeError) as error:
-                _state.reason = str(error)
+                state.reason = str(error)
                 if wanted != "fused":
+                    where = "" if part is CPU else " on the GPU"
                     warnings.warn(
-                        f"vitrail runs without its compiled operators, slower and with more memory: {error}",
+                        f"vitrail runs without its compiled operators{where}, slower and with more memory: {error}",
                         RuntimeWarning,
                         stacklevel=2,
                     )
-    if _state.path is None and wanted == "fused":
-        raise RuntimeError(f"VITRAIL_OPS is fused, but there are no compiled operators: {_state.reason}")
-    return _state.path is not None
+    if state.path is None and wanted == "fused":
+        raise RuntimeError(f"VITRAIL_OPS is fused, but there are no compiled operators: {state.reason}")
+    return state.path is not None
 
 
-def _load() -> None:
-    path = _prebuilt()
+def _load(part: Part) -> None:
+    path = _prebuilt(part)
     if path is not None:
-        return _load_from(path)
+        return _load_from(part, path)
     try:
-        compiler = find_compiler()
+        compiler = part.find_compiler()
     except BuildError:
         compiler = None
-    path = _cached(compiler)
+    path = _cached(part, compiler)
     if path is not None:
         try:
-            return _load_from(path)
+            return _load_from(part, path)
         except OSError as error:
             damage: OSError | None = error
     else:
@@ -443,17 +604,21 @@ def _load() -> None:
     if os.environ.get("VITRAIL_BUILD") == "0":
         reason = f"the cached one does not load ({damage})" if damage else "none was built before"
         raise BuildError(f"VITRAIL_BUILD=0 forbids compiling them, and {reason}; run `vitrail build`")
-    _load_from(build(force=damage is not None))
+    _load_from(part, build(force=damage is not None, part=part))
 
 
-def _load_from(path: Path) -> None:
+def _load_from(part: Part, path: Path) -> None:
     if not path.is_file():
-        raise BuildError(f"there is no library at {path}, which VITRAIL_LIBRARY names; correct or unset it")
+        raise BuildError(f"there is no library at {path}, which {part.variable} names; correct or unset it")
     torch.ops.load_library(str(path))
-    name = ctypes.CDLL(str(path)).vitrail_cpu_capability
-    name.restype = ctypes.c_char_p
-    _state.capability = name().decode()
-    _state.path = path
+    state = _states[part.device]
+    if part is CPU:
+        name = ctypes.CDLL(str(path)).vitrail_cpu_capability
+        name.restype = ctypes.c_char_p
+        state.capability = name().decode()
+    else:
+        state.capability = "compiled"
+    state.path = path
 
 
 @dataclass(frozen=True)
@@ -472,24 +637,28 @@ class LibraryStatus:
     reason: str | None  # why the compiled operators are not available, if that is known
 
 
-def status() -> LibraryStatus:
-    """The state of the compiled library; neither compiles nor loads it."""
-    reason = _state.reason
+def status(device: str = "cpu") -> LibraryStatus:
+    """The state of the compiled library for a device, `cpu` or `cuda`; neither compiles nor loads it."""
+    part, state = PARTS[device], _states[device]
+    reason = state.reason
     compiler = None
+    path = state.path or _prebuilt(part)
     try:
-        compiler = find_compiler()
+        compiler = part.find_compiler()
+        path = path or _cached(part, compiler)
     except BuildError as error:
-        reason = reason or (None if _state.path else str(error))
-    path = _state.path or _prebuilt() or _cached(compiler)
+        reason = reason or (None if state.path else str(error))
+        with contextlib.suppress(BuildError):
+            path = path or _cached(part, None)
     return LibraryStatus(
         mode=mode(),
-        loaded=_state.path is not None,
+        loaded=state.path is not None,
         path=path,
         cached=path is not None and path.is_file(),
         compiler=shlex.join(compiler.command) if compiler else None,
         compiler_version=compiler.version if compiler else None,
         torch_version=torch.__version__,
-        capability=_state.capability,
+        capability=state.capability,
         cache_dir=cache_directory(),
         reason=reason,
     )

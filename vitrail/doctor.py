@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from .ops import library
+from .ops.library import LibraryStatus
 
 _PACKAGES = ("vitrail", "torch", "timm", "numpy", "onnx", "onnxscript", "onnxruntime", "fvcore")
 
 
 @dataclass(frozen=True)
 class OperatorPath:
-    """Which implementation of an operator runs on the CPU."""
+    """Which implementation of an operator runs on a device, `cpu` or `cuda`."""
 
     name: str
+    device: str
     compiled: bool
     reason: str
 
@@ -32,7 +34,8 @@ class Diagnosis:
 
     versions: dict[str, str]
     machine: dict[str, Any]
-    library: library.LibraryStatus
+    library: LibraryStatus
+    cuda_library: LibraryStatus
     operators: list[OperatorPath]
     advice: list[str]
 
@@ -90,10 +93,10 @@ def _names() -> list[str]:
     return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vitrail::"))
 
 
-def _operators(status: library.LibraryStatus) -> list[OperatorPath]:
+def _operators(status: LibraryStatus, device: str) -> list[OperatorPath]:
     paths = []
     for name in _names():
-        compiled = library.has_kernel(name, "CPU") and status.mode != "reference"
+        compiled = library.has_kernel(name, device.upper()) and status.mode != "reference"
         if compiled:
             reason = status.capability or "compiled"
         elif status.mode == "reference":
@@ -102,11 +105,11 @@ def _operators(status: library.LibraryStatus) -> list[OperatorPath]:
             reason = "has no compiled kernel yet"
         else:
             reason = status.reason or "the library is not built yet"
-        paths.append(OperatorPath(name.removeprefix("vitrail::").split(".")[0], compiled, reason))
+        paths.append(OperatorPath(name.removeprefix("vitrail::").split(".")[0], device, compiled, reason))
     return paths
 
 
-def _advice(status: library.LibraryStatus, machine: dict[str, Any]) -> list[str]:
+def _advice(status: LibraryStatus, cuda: LibraryStatus, machine: dict[str, Any]) -> list[str]:
     advice = []
     if status.mode == "reference":
         advice.append("VITRAIL_OPS=reference is set: unset it to use compiled operators")
@@ -117,9 +120,11 @@ def _advice(status: library.LibraryStatus, machine: dict[str, Any]) -> list[str]
     if machine["threads"] < machine["cores"]:
         cause = "OMP_NUM_THREADS is set" if "OMP_NUM_THREADS" in os.environ else "torch was told or chose so"
         advice.append(f"torch uses {machine['threads']} of {machine['cores']} cores ({cause})")
-    if machine["cuda"] and not any(library.has_kernel(name, "CUDA") for name in _names()):
+    if machine["cuda"] and status.mode != "reference" and not cuda.loaded:
         advice.append(
-            "the operators have no CUDA kernels yet: on the GPU their definitions in plain PyTorch run"
+            f"on the GPU: {cuda.reason}"
+            if cuda.reason
+            else "run `vitrail build`: it compiles the operators for the GPU now, instead of at their first use"
         )
     if shutil.which("nvidia-smi") and not machine["cuda"]:
         advice.append(
@@ -130,10 +135,13 @@ def _advice(status: library.LibraryStatus, machine: dict[str, Any]) -> list[str]
 
 def diagnose() -> Diagnosis:
     """Look at this installation. Loads the compiled operators where they are built; builds nothing."""
-    status = library.status()
-    if status.cached and not status.loaded and status.mode != "reference":
-        with contextlib.suppress(RuntimeError):  # in mode `fused`; the status has the reason
-            library.load()
-        status = library.status()
     machine = _machine()
-    return Diagnosis(_versions(), machine, status, _operators(status), _advice(status, machine))
+    devices = ("cpu", "cuda") if machine["cuda"] else ("cpu",)
+    for device in devices:
+        status = library.status(device)
+        if status.cached and not status.loaded and status.mode != "reference":
+            with contextlib.suppress(RuntimeError):  # in mode `fused`; the status has the reason
+                library.load(device)
+    cpu, cuda = library.status("cpu"), library.status("cuda")
+    paths = [path for device in devices for path in _operators(cpu if device == "cpu" else cuda, device)]
+    return Diagnosis(_versions(), machine, cpu, cuda, paths, _advice(cpu, cuda, machine))

@@ -5,9 +5,8 @@
 // keys are the tokens of a window (source 1), then those of its patch (source 0).
 #pragma once
 
-#include "../core/block_addresses.h"
 #include "../ops/semantic_attention.h"
-#include "rectangle.h"
+#include "block_policy.h"
 
 namespace vitrail::VITRAIL_ISA {
 
@@ -17,74 +16,95 @@ class Patches {
     using Arguments = SemanticAttention;
 
     VITRAIL_INLINE explicit Patches(const SemanticAttention& a)
-        : window_{0, 0, a.window_height, a.window_width},
-          patch_{0, 0, a.patch_height, a.patch_width},
-          down_(a.grid_height / a.window_height),
-          across_(a.grid_width / a.window_width),
-          free_rows_(a.image_height - a.patch_height),
-          free_columns_(a.image_width - a.patch_width),
+        : window_{0, 0, Place(a.window_height), Place(a.window_width)},
+          patch_{0, 0, Place(a.patch_height), Place(a.patch_width)},
+          down_(Place(a.grid_height / a.window_height)),
+          across_(Place(a.grid_width / a.window_width)),
+          free_rows_(Place(a.image_height - a.patch_height)),
+          free_columns_(Place(a.image_width - a.patch_width)),
           parts_((window_.size() + kQueryBlock - 1) / kQueryBlock) {}
 
-    VITRAIL_INLINE int64_t query_blocks() const { return key_blocks() * parts_; }
-    VITRAIL_INLINE int64_t key_blocks() const { return down_ * across_; }
-    VITRAIL_INLINE int64_t largest_key_block() const { return window_.size() + patch_.size(); }
-    VITRAIL_INLINE int64_t visits() const { return query_blocks(); }  // of one image
-    VITRAIL_INLINE int64_t most_visits() const { return 1; }          // of one block of queries
+    VITRAIL_INLINE Place query_regions() const { return key_blocks(); }
+    VITRAIL_INLINE Place parts() const { return parts_; }
+    VITRAIL_INLINE Place key_blocks() const { return down_ * across_; }
+    VITRAIL_INLINE Place largest_key_block() const { return window_.size() + patch_.size(); }
+    VITRAIL_INLINE Place largest_query_region() const { return window_.size(); }
+    VITRAIL_INLINE Place visits() const { return 1; }  // of one region of queries
     VITRAIL_INLINE bool weighted() const { return false; }
     VITRAIL_INLINE bool biased() const { return false; }
 
-    VITRAIL_OUTLINE int queries(int64_t block, Query* to) const {
-        const int64_t part = block % parts_, size = window_.size();
-        const int64_t first = part_begin(size, parts_, part);
-        const int64_t count = part_begin(size, parts_, part + 1) - first;
-        window(block / parts_).each(first, count, [&](int64_t i, int64_t y, int64_t x) {
-            to[i] = {y, x, 0};
-        });
-        return int(count);
+    VITRAIL_INLINE Rectangle query_region(Place i) const { return window(i); }
+    VITRAIL_INLINE bool query_at(Place, Place y, Place x, Query& to) const {
+        to = {y, x, 0};
+        return true;
     }
 
-    VITRAIL_INLINE int64_t keys_in(int64_t) const { return largest_key_block(); }
+    VITRAIL_INLINE Place keys_in(Place) const { return largest_key_block(); }
 
-    VITRAIL_OUTLINE void keys(int64_t block, int64_t first, int64_t count, Key* to) const {
-        const int64_t own = window_.size();
+    VITRAIL_OUTLINE void keys(Place block, Place first, Place count, Key* to) const {
+        const Place own = window_.size();
         if (first < own) {
-            const int64_t some = own - first < count ? own - first : count;
-            window(block).each(first, some, [&](int64_t i, int64_t y, int64_t x) { to[i] = {y, x, 1}; });
+            const Place some = own - first < count ? own - first : count;
+            window(block).each(first, some, [&](Place i, Place y, Place x) { to[i] = {y, x, 1}; });
             first += some;
             count -= some;
             to += some;
         }
-        patch(block).each(first - own, count, [&](int64_t i, int64_t y, int64_t x) { to[i] = {y, x, 0}; });
+        patch(block).each(first - own, count, [&](Place i, Place y, Place x) { to[i] = {y, x, 0}; });
+    }
+    VITRAIL_INLINE Key key(Place block, Place i) const {
+        const Place own = window_.size();
+        const int source = i < own ? 1 : 0;
+        return (source ? window(block) : patch(block)).at(i - (source ? 0 : own), [&](Place y, Place x) {
+            return Key{y, x, source};
+        });
     }
 
-    // Calls visit(block of keys, weight, slot) for each block that the queries of a block look at.
+    // A slot is a visit of a region: from whom, to which block of keys, and how much it counts.
+    VITRAIL_INLINE Place slots() const { return key_blocks(); }
+    VITRAIL_INLINE Place slot(Place region, Place) const { return region; }
+    VITRAIL_INLINE Place visitor(Place slot) const { return slot; }
+    VITRAIL_INLINE Place visited(int64_t, Place slot) const { return slot; }
+    VITRAIL_INLINE T weight(int64_t, Place) const { return T(1); }
+
+    // Where a query has its biases.
     template <class Visit>
-    VITRAIL_INLINE void for_each_visit(int64_t, int64_t block, Visit visit) const {
-        visit(block / parts_, T(1), 0);
-    }
-    VITRAIL_INLINE int64_t slots() const { return 0; }
+    VITRAIL_INLINE void each_bias(Place, Place, Place, Visit) const {}
+    VITRAIL_INLINE int64_t bias_row(Place, Place) const { return 0; }
+    VITRAIL_INLINE Place bias_column(Place, Place) const { return 0; }
 
-    VITRAIL_INLINE void bias(int64_t, int64_t, int64_t, T*) const {}
-    VITRAIL_INLINE void add_bias(const T*, int64_t, int64_t, T*) const {}
+    // Calls visit(block of keys, key) for every patch that a token of the image is in.
+    template <class Visit>
+    VITRAIL_INLINE void each_block_with(Place y, Place x, Visit visit) const {
+        for (Place block = 0; block < key_blocks(); ++block) {
+            const Rectangle r = patch(block);
+            if (y < r.top || y >= r.top + r.height) {
+                block += across_ - 1 - block % across_;  // nor is it in the others of this row
+                continue;
+            }
+            if (x >= r.left && x < r.left + r.width)
+                visit(block, window_.size() + (y - r.top) * r.width + x - r.left);
+        }
+    }
 
     // Patches overlap.
-    VITRAIL_INLINE int64_t units() const { return 1; }
+    VITRAIL_INLINE Place units() const { return 1; }
 
   private:
-    VITRAIL_INLINE Rectangle window(int64_t i) const {
+    VITRAIL_INLINE Rectangle window(Place i) const {
         return {i / across_ * window_.height, i % across_ * window_.width, window_.height, window_.width};
     }
 
-    VITRAIL_INLINE Rectangle patch(int64_t i) const {
-        const int64_t rows = down_ > 1 ? down_ - 1 : 1, columns = across_ > 1 ? across_ - 1 : 1;
-        return {i / across_ * free_rows_ / rows, i % across_ * free_columns_ / columns, patch_.height,
-                patch_.width};
+    VITRAIL_INLINE Rectangle patch(Place i) const {
+        const Place rows = down_ > 1 ? down_ - 1 : 1, columns = across_ > 1 ? across_ - 1 : 1;
+        return {Place(int64_t(i / across_) * free_rows_ / rows),
+                Place(int64_t(i % across_) * free_columns_ / columns), patch_.height, patch_.width};
     }
 
-    const Rectangle window_, patch_;
-    const int64_t down_, across_;             // windows
-    const int64_t free_rows_, free_columns_;  // of the image, beside a patch
-    const int64_t parts_;                     // blocks of queries per window
+    Rectangle window_, patch_;
+    Place down_, across_;             // windows
+    Place free_rows_, free_columns_;  // of the image, beside a patch
+    Place parts_;                     // blocks of queries per window
 };
 
 }  // namespace vitrail::VITRAIL_ISA

@@ -2,9 +2,8 @@
 // Keys past the grid are zeros.
 #pragma once
 
-#include "../core/block_addresses.h"
 #include "../ops/routed_attention.h"
-#include "rectangle.h"
+#include "block_policy.h"
 
 namespace vitrail::VITRAIL_ISA {
 
@@ -18,63 +17,80 @@ class RoutedRegions {
           k_(a.k_regions),
           routes_(a.routes),
           weights_(static_cast<const T*>(a.weights)),
-          topk_(a.topk),
+          topk_(Place(a.topk)),
           parts_((q_.size + kQueryBlock - 1) / kQueryBlock) {}
 
-    VITRAIL_INLINE int64_t query_blocks() const { return q_.count * parts_; }
-    VITRAIL_INLINE int64_t key_blocks() const { return k_.count; }
-    VITRAIL_INLINE int64_t largest_key_block() const { return k_.size; }
-    VITRAIL_INLINE int64_t visits() const { return query_blocks() * topk_; }  // of one image
-    VITRAIL_INLINE int64_t most_visits() const { return topk_; }              // of one block of queries
+    VITRAIL_INLINE Place query_regions() const { return q_.count; }
+    VITRAIL_INLINE Place parts() const { return parts_; }
+    VITRAIL_INLINE Place key_blocks() const { return k_.count; }
+    VITRAIL_INLINE Place largest_key_block() const { return k_.size; }
+    VITRAIL_INLINE Place largest_query_region() const { return q_.size; }
+    VITRAIL_INLINE Place visits() const { return topk_; }  // of one region of queries
     VITRAIL_INLINE bool weighted() const { return weights_ != nullptr; }
     VITRAIL_INLINE bool biased() const { return false; }
 
-    // Writes the queries of a block that lie on the grid; returns how many.
-    VITRAIL_OUTLINE int queries(int64_t block, Query* to) const {
-        const int64_t part = block % parts_;
-        const int64_t first = part_begin(q_.size, parts_, part);
-        int n = 0;
-        rectangle(q_, block / parts_)
-            .each(first, part_begin(q_.size, parts_, part + 1) - first, [&](int64_t, int64_t y, int64_t x) {
-                if (y < q_.grid_height && x < q_.grid_width) to[n++] = {y, x, 0};
-            });
-        return n;
+    VITRAIL_INLINE Rectangle query_region(Place i) const { return q_.region(i); }
+    VITRAIL_INLINE bool query_at(Place, Place y, Place x, Query& to) const {
+        to = {y, x, 0};
+        return q_.holds(y, x);
     }
 
-    VITRAIL_INLINE int64_t keys_in(int64_t) const { return k_.size; }
+    VITRAIL_INLINE Place keys_in(Place) const { return k_.size; }
 
-    VITRAIL_OUTLINE void keys(int64_t block, int64_t first, int64_t count, Key* to) const {
-        rectangle(k_, block).each(first, count, [&](int64_t i, int64_t y, int64_t x) {
-            to[i] = {y, x, y < k_.grid_height && x < k_.grid_width ? 0 : 1};
-        });
+    VITRAIL_OUTLINE void keys(Place block, Place first, Place count, Key* to) const {
+        k_.region(block).each(first, count, [&](Place i, Place y, Place x) { to[i] = key_at(y, x); });
+    }
+    VITRAIL_INLINE Key key(Place block, Place i) const {
+        return k_.region(block).at(i, [&](Place y, Place x) { return key_at(y, x); });
     }
 
-    // Calls visit(block of keys, weight, slot) for each block that the queries of a block look at.
+    // A slot is a visit of a region: from whom, to which block of keys, and how much it counts.
+    VITRAIL_INLINE Place slots() const { return q_.count * topk_; }
+    VITRAIL_INLINE Place slot(Place region, Place visit) const { return region * topk_ + visit; }
+    VITRAIL_INLINE Place visitor(Place slot) const { return slot / topk_; }
+    VITRAIL_INLINE Place visited(int64_t image, Place slot) const {
+        return Place(routes_[image * slots() + slot]);
+    }
+    VITRAIL_INLINE T weight(int64_t image, Place slot) const {
+        return weights_ ? weights_[image * slots() + slot] : T(1);
+    }
+
+    // Where a query has its biases.
     template <class Visit>
-    VITRAIL_INLINE void for_each_visit(int64_t image, int64_t block, Visit visit) const {
-        const int64_t first = block / parts_ * topk_, of_image = image * slots();
-        for (int64_t slot = first; slot < first + topk_; ++slot)
-            visit(int64_t(routes_[of_image + slot]), weights_ ? weights_[of_image + slot] : T(1), slot);
-    }
-    VITRAIL_INLINE int64_t slots() const { return q_.count * topk_; }
-
-    VITRAIL_INLINE void bias(int64_t, int64_t, int64_t, T*) const {}
-    VITRAIL_INLINE void add_bias(const T*, int64_t, int64_t, T*) const {}
+    VITRAIL_INLINE void each_bias(Place, Place, Place, Visit) const {}
+    VITRAIL_INLINE int64_t bias_row(Place, Place) const { return 0; }
+    VITRAIL_INLINE Place bias_column(Place, Place) const { return 0; }
 
     // Any region may look at any other.
-    VITRAIL_INLINE int64_t units() const { return 1; }
+    VITRAIL_INLINE Place units() const { return 1; }
 
   private:
-    VITRAIL_INLINE static Rectangle rectangle(const Regions& regions, int64_t region) {
-        return {region / regions.across * regions.height, region % regions.across * regions.width,
-                regions.height, regions.width};
-    }
+    // A grid that is cut into regions.
+    struct Cut {
+        Place grid_height, grid_width, height, width, size, across, count;
 
-    const Regions q_, k_;
-    const int32_t* const routes_;
-    const T* const weights_;
-    const int64_t topk_;
-    const int64_t parts_;  // blocks of queries per region
+        VITRAIL_INLINE explicit Cut(const Regions& r)
+            : grid_height(Place(r.grid_height)),
+              grid_width(Place(r.grid_width)),
+              height(Place(r.height)),
+              width(Place(r.width)),
+              size(Place(r.size)),
+              across(Place(r.across)),
+              count(Place(r.count)) {}
+
+        VITRAIL_INLINE Rectangle region(Place i) const {
+            return {i / across * height, i % across * width, height, width};
+        }
+        VITRAIL_INLINE bool holds(Place y, Place x) const { return y < grid_height && x < grid_width; }
+    };
+
+    VITRAIL_INLINE Key key_at(Place y, Place x) const { return {y, x, k_.holds(y, x) ? 0 : 1}; }
+
+    Cut q_, k_;
+    const int32_t* routes_;
+    const T* weights_;
+    Place topk_;
+    Place parts_;  // blocks of queries per region
 };
 
 }  // namespace vitrail::VITRAIL_ISA

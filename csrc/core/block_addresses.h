@@ -1,25 +1,11 @@
-// Between an addressing policy and the drivers of block attention: tokens, and where they are in memory.
-//
-// An addressing policy (see addressing/) answers these questions, and nothing else in the library knows the
-// answers: how many blocks of queries and of keys an image has, which tokens a block covers, which blocks of
-// keys a block of queries visits, what is added to the scores, and which queries share keys.
+// Between an addressing policy and the drivers of block attention: where tokens are in memory.
 #pragma once
 
+#include "../addressing/block_policy.h"
 #include "block_arguments.h"
 #include "panels.h"
 
 namespace vitrail::VITRAIL_ISA {
-
-// Where a query lies, and its place in its window where scores are biased by place.
-struct Query {
-    int64_t row, column, place;
-};
-
-// Where a key lies: on the grid of keys (source 0), or in what an operator has besides it (source 1).
-struct Key {
-    int64_t row, column;
-    int source;
-};
 
 // A token is the address of its first channel; null where it is a row of zeros.
 VITRAIL_INLINE void* token(const Grid& grid, int64_t element, int64_t image, int64_t row, int64_t column) {
@@ -43,12 +29,33 @@ VITRAIL_OUTLINE void find_keys(const Grid (&grids)[2], int64_t element, int64_t 
 template <class Policy>
 VITRAIL_OUTLINE int64_t visited_keys(const Policy& policy, int64_t image, int64_t block, Key* to) {
     int64_t n = 0;
-    policy.for_each_visit(image, block, [&](int64_t key_block, auto, int64_t) {
+    for_each_visit(policy, image, block, [&](int64_t key_block, auto, int64_t) {
         const int64_t count = policy.keys_in(key_block);
         policy.keys(key_block, 0, count, to + n);
         n += count;
     });
     return n;
+}
+
+// What is added to the scores of a query with the keys of a block: copied from the tables of all heads, or
+// added to the table of one.
+template <class T, class Policy>
+VITRAIL_OUTLINE void copy_bias(const Policy& policy, const BlockAttention& a, int64_t head,
+                               const Query& query, int64_t block, T* to) {
+    const T* const table = static_cast<const T*>(a.bias);
+    policy.each_bias(head, query.place, block, [&](int64_t key, int64_t at, int64_t count) {
+        int64_t i = 0;
+        for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + key + i, load(table + at + i));
+        for (; i < count; ++i) to[key + i] = table[at + i];
+    });
+}
+
+template <class T, class Policy>
+VITRAIL_OUTLINE void add_bias(const Policy& policy, const T* from, const Query& query, int64_t block,
+                              T* table) {
+    policy.each_bias(0, query.place, block, [&](int64_t key, int64_t at, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) table[at + i] += from[key + i];
+    });
 }
 
 // Parts of a block of memory, one after the other, aligned to cache lines. Without memory it only counts.

@@ -11,6 +11,7 @@ struct BlockAttention {
     Storage storage;
     Grid q, out, lse;  // lse: heads side by side, float, or double for Storage::kFloat64
     Grid k[2], v[2];   // where a key may lie: on the grid of keys, or where the addressing says; null: zeros
+    const void* bias;  // tables of what is added to scores, one for each head, in the type of lse; or null
     int64_t heads, head_dim, value_dim;
     double scale;
 };
@@ -33,8 +34,7 @@ struct BlockGradients {
 
 struct GradientPlan {
     int64_t scratch, tasks;
-    int64_t slots;  // weights of one image
-    double work;    // multiplications of one task, about
+    double work;  // multiplications of one task, about
 };
 
 template <class Arguments>

@@ -21,7 +21,7 @@ class BlockAttentionKernel {
         const Policy policy(a);
         const Layout layout(a.head_dim, a.value_dim, policy.largest_key_block());
         // Keys that are visited once on average are packed on the way: they are still in cache when used.
-        const bool ahead = policy.visits() > policy.key_blocks();
+        const bool ahead = query_blocks(policy) * policy.visits() > policy.key_blocks();
         BlockPlan plan = {};
         if (ahead) {
             plan.packed_image = policy.key_blocks() * a.heads * layout.size() * int64_t(sizeof(E));
@@ -30,9 +30,9 @@ class BlockAttentionKernel {
         Scratch scratch(nullptr);
         const Task task(a, policy, layout, !ahead, scratch);
         plan.scratch = scratch.size();
-        plan.attend_tasks = policy.query_blocks() * a.heads;
-        plan.work = double(policy.visits()) / double(policy.query_blocks()) *
-                    double(policy.largest_key_block()) * kQueryBlock * double(a.head_dim + a.value_dim);
+        plan.attend_tasks = query_blocks(policy) * a.heads;
+        plan.work = double(policy.visits()) * double(policy.largest_key_block()) * kQueryBlock *
+                    double(a.head_dim + a.value_dim);
         return plan;
     }
 
@@ -65,13 +65,14 @@ class BlockAttentionKernel {
         const Layout layout(a.head_dim, a.value_dim, policy.largest_key_block());
         Scratch scratch(memory);
         Task task(a, policy, layout, packed == nullptr, scratch);
+        const int64_t blocks = query_blocks(policy);
         int64_t current = -1;
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t at = i / a.heads, ahead = at / policy.query_blocks();
-            if (at != current) task.find(image + ahead, at % policy.query_blocks());
+            const int64_t at = i / a.heads, ahead = at / blocks;
+            if (at != current) task.find(image + ahead, at % blocks);
             current = at;
-            const int64_t blocks = ahead * policy.key_blocks() * a.heads;
-            task.run(i % a.heads, packed ? static_cast<const E*>(packed) + blocks * layout.size() : nullptr);
+            const int64_t keys = ahead * policy.key_blocks() * a.heads;
+            task.run(i % a.heads, packed ? static_cast<const E*>(packed) + keys * layout.size() : nullptr);
         }
     }
 
@@ -88,7 +89,7 @@ class BlockAttentionKernel {
                        scratch.take<T>(queries_.output_size(layout))),
               bias_row_(policy.biased() ? round_up(layout.groups() * g, kLanes<T>) : 0),
               bias_(scratch.take<T>(bias_row_ * kQueryBlock)),
-              most_keys_(packs ? policy.most_visits() * layout.keys : 0),
+              most_keys_(packs ? policy.visits() * layout.keys : 0),
               keys_(scratch.take<Key>(most_keys_)),
               k_(scratch.take<void*>(most_keys_)),
               v_(scratch.take<void*>(most_keys_)),
@@ -97,7 +98,7 @@ class BlockAttentionKernel {
         VITRAIL_INLINE void find(int64_t image, int64_t block) {
             image_ = image;
             at_ = block;
-            rows_ = policy_.queries(block, query_);
+            rows_ = list_queries(policy_, block, query_);
             find_queries(a_.q, sizeof(S), image, query_, rows_, q_);
             find_queries(a_.out, sizeof(S), image, query_, rows_, out_);
             find_queries(a_.lse, sizeof(T), image, query_, rows_, lse_);
@@ -114,11 +115,11 @@ class BlockAttentionKernel {
             queries_.begin(rows_, bias_row_ ? bias_ : nullptr, bias_row_);
             queries_.template load_queries<S>(q_, k_channel);
             int64_t n = 0;
-            policy_.for_each_visit(image_, at_, [&](int64_t key_block, T weight, int64_t) {
+            for_each_visit(policy_, image_, at_, [&](int64_t key_block, T weight, int64_t) {
                 const int64_t count = policy_.keys_in(key_block);
                 if (bias_row_)
                     for (int r = 0; r < rows_; ++r)
-                        policy_.bias(head, query_[r].place, key_block, bias_ + r * bias_row_);
+                        copy_bias(policy_, a_, head, query_[r], key_block, bias_ + r * bias_row_);
                 if (packed) {
                     queries_.visit(packed + (key_block * a_.heads + head) * layout_.size(), count, weight);
                 } else {

@@ -23,8 +23,7 @@ class BlockGradientsKernel {
         GradientPlan plan = {};
         plan.scratch = scratch.size();
         plan.tasks = policy.units() * a.heads;
-        plan.slots = policy.slots();
-        plan.work = 2.5 * double(policy.visits()) / double(policy.units()) *
+        plan.work = 2.5 * double(query_blocks(policy)) * double(policy.visits()) / double(policy.units()) *
                     double(policy.largest_key_block()) * kQueryBlock * double(a.head_dim + a.value_dim);
         return plan;
     }
@@ -34,7 +33,7 @@ class BlockGradientsKernel {
         const Policy policy(a);
         Scratch scratch(memory);
         Task task(a, gradients, policy, scratch);
-        const int64_t units = policy.units(), blocks = policy.query_blocks() / units;
+        const int64_t units = policy.units(), blocks = query_blocks(policy) / units;
         for (int64_t i = begin; i < end;) {
             // heads of one unit share their addresses; no sum has terms of two heads
             const int64_t image = i / a.heads / units, first = i / a.heads % units * blocks;
@@ -58,7 +57,7 @@ class BlockGradientsKernel {
               policy_(policy),
               block_(a.head_dim, a.value_dim, T(a.scale),
                      scratch.take<T>(block_.size(a.head_dim, a.value_dim))),
-              most_keys_(policy.most_visits() * policy.largest_key_block()),
+              most_keys_(policy.visits() * policy.largest_key_block()),
               keys_(scratch.take<Key>(most_keys_)),
               k_(scratch.take<void*>(most_keys_)),
               v_(scratch.take<void*>(most_keys_)),
@@ -72,7 +71,7 @@ class BlockGradientsKernel {
         VITRAIL_INLINE void find(int64_t image, int64_t block) {
             image_ = image;
             at_ = block;
-            rows_ = policy_.queries(block, query_);
+            rows_ = list_queries(policy_, block, query_);
             if (rows_ == 0) return;
             find_queries(a_.q, sizeof(S), image, query_, rows_, q_);
             find_queries(a_.out, sizeof(S), image, query_, rows_, out_);
@@ -112,7 +111,7 @@ class BlockGradientsKernel {
         // The weights of the keys, and what is added to their scores.
         VITRAIL_INLINE void begin(int64_t head) {
             int64_t n = 0;
-            policy_.for_each_visit(image_, at_, [&](int64_t key_block, T weight, int64_t) {
+            for_each_visit(policy_, image_, at_, [&](int64_t key_block, T weight, int64_t) {
                 if (policy_.weighted())
                     for (int64_t i = 0; i < policy_.keys_in(key_block); ++i, ++n) {
                         weights_[n] = weight;
@@ -120,7 +119,7 @@ class BlockGradientsKernel {
                     }
                 if (bias_row_)
                     for (int r = 0; r < rows_; ++r)
-                        policy_.bias(head, query_[r].place, key_block, bias_ + r * bias_row_);
+                        copy_bias(policy_, a_, head, query_[r], key_block, bias_ + r * bias_row_);
             });
             if (policy_.weighted())
                 for (int i = 0; i < kLanes<T>; ++i) weights_[n + i] = weight_grads_[n + i] = 0;
@@ -130,7 +129,7 @@ class BlockGradientsKernel {
         VITRAIL_INLINE void end(int64_t head) {
             const int64_t table = image_ * a_.heads + head;
             int64_t n = 0;
-            policy_.for_each_visit(image_, at_, [&](int64_t key_block, T, int64_t slot) {
+            for_each_visit(policy_, image_, at_, [&](int64_t key_block, T, int64_t slot) {
                 if (gradients_.weights) {
                     T sum = 0;
                     for (int64_t i = 0; i < policy_.keys_in(key_block); ++i) sum += weight_grads_[n++];
@@ -138,8 +137,8 @@ class BlockGradientsKernel {
                 }
                 if (gradients_.bias)
                     for (int r = 0; r < rows_; ++r)
-                        policy_.add_bias(bias_ + r * bias_row_, query_[r].place, key_block,
-                                         static_cast<T*>(gradients_.bias) + table * gradients_.bias_table);
+                        add_bias(policy_, bias_ + r * bias_row_, query_[r], key_block,
+                                 static_cast<T*>(gradients_.bias) + table * gradients_.bias_table);
             });
         }
 

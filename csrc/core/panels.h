@@ -5,11 +5,10 @@
 // number, or a pair of bfloat16 numbers. A missing token is a null pointer and counts as zeros.
 #pragma once
 
+#include "../addressing/block_policy.h"
 #include "gemm.h"
 
 namespace vitrail::VITRAIL_ISA {
-
-constexpr int kQueryBlock = 64;  // query rows that share one pass over their keys
 
 template <class S>
 struct PackedOf {
@@ -23,15 +22,6 @@ struct PackedOf<BFloat16> {
 #endif
 template <class S>
 using Packed = typename PackedOf<S>::type;
-
-VITRAIL_INLINE constexpr int64_t round_up(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
-
-// `size` things in `parts` even parts: where part `i` begins.
-VITRAIL_INLINE constexpr int64_t part_begin(int64_t size, int64_t parts, int64_t i) {
-    return size / parts * i + (i < size % parts ? i : size % parts);
-}
 
 // Four units of a row, from channel `c` on; those past the last channel are zero. Pairs travel as the bits of
 // a number.

@@ -1,17 +1,10 @@
 // Vectors of the instruction set that this translation unit is compiled for.
-//
-// Everything here lives in a namespace named after the instruction set (VITRAIL_ISA) and is forced inline:
-// two units compiled with different flags must never share a function, or the linker could pick the wide
-// one for a narrow machine. For the same reason no standard library function is called from here.
 #pragma once
 
-#include <cstdint>
 #include <type_traits>
 #include <utility>
 
-#define VITRAIL_INLINE inline __attribute__((always_inline))
-#define VITRAIL_OUTLINE inline __attribute__((noinline))
-#define VITRAIL_INLINED __attribute__((always_inline))  // of a lambda, after its parameters
+#include "portable.h"
 
 namespace vitrail::VITRAIL_ISA {
 

@@ -21,6 +21,15 @@ inline void set_inputs(const Checks& checks, const Tensor& q, const Tensor& k, c
     a.head_dim = q.size(3) / heads;
     a.value_dim = v.size(3) / heads;
     a.scale = scale;
+#if defined(VITRAIL_CUDA)
+    constexpr int64_t kWidest = 128;
+    if (a.storage == Storage::kFloat64)
+        checks.fail(
+            "q must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes it");
+    if (a.head_dim > kWidest || a.value_dim > kWidest)
+        checks.fail("q and v must have at most ", kWidest, " channels for each head on a GPU, got ",
+                    a.head_dim, " and ", a.value_dim, "; VITRAIL_OPS=reference takes more");
+#endif
     a.q = grid_of(q);
     a.k[0] = grid_of(k);
     a.v[0] = grid_of(v);
@@ -78,7 +87,7 @@ inline void set_outputs(const Checks& checks, const Tensor& grad, const Tensor& 
                         const Tensor& q, const Tensor& v, BlockAttention& a, BlockGradients& g) {
     const std::vector<int64_t> shape = {q.size(0), q.size(1), q.size(2), v.size(3)};
     const auto check = [&](const char* name, const Tensor& t, ScalarType type) {
-        checks.on_cpu(name, t);
+        checks.placed(name, t);
         checks.dtype(name, t, type);
         checks.contiguous_channels(name, t);
     };

@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(const Tensor& grad
     };
     check_like_q("grad", grad);
     check_like_q("out", out);
-    checks.on_cpu("lse", lse);
+    checks.placed("lse", lse);
     checks.dtype("lse", lse, compute_type(a.storage));
     checks.shape("lse", lse, {q.size(0), 1, 1, q.size(3)});
     Tensor grad_q = torch::stable::new_empty(q, shape), grad_k = torch::stable::new_empty(q, shape),

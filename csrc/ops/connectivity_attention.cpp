@@ -51,14 +51,14 @@ Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v,
     ConnectivityAttention a = {};
     set_tokens(kChecks, q, k, v, num_heads, scale, a);
     const ScalarType compute = compute_type(a.storage);
-    kChecks.on_cpu("compressed", compressed);
+    kChecks.placed("compressed", compressed);
     kChecks.dtype("compressed", compressed, compute);
     if (compressed.dim() != 3)
         kChecks.fail("compressed must have 3 dimensions (B, n, C), got shape ", shape_of(compressed));
     a.compressed_dim = q.size(2) / num_heads;
     std::optional<Tensor> whole_projection;
     if (projection) {
-        kChecks.on_cpu("projection", *projection);
+        kChecks.placed("projection", *projection);
         kChecks.dtype("projection", *projection, compute);
         if (projection->dim() != 2 || projection->size(0) < 1 || projection->size(1) != a.compressed_dim)
             kChecks.fail("projection must have shape (c, ", a.compressed_dim, ") with c at least 1, got ",
@@ -69,7 +69,7 @@ Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v,
     }
     kChecks.shape("compressed", compressed, {q.size(0), compressed.size(1), num_heads * a.compressed_dim});
     kChecks.contiguous_channels("compressed", compressed);
-    kChecks.on_cpu("offset", offset);
+    kChecks.placed("offset", offset);
     kChecks.dtype("offset", offset, compute);
     kChecks.shape("offset", offset, {q.size(0), compressed.size(1), num_heads});
     a.choice =

@@ -12,7 +12,7 @@ inline Connectivity checked_connectivity(const Checks& checks, int64_t images, i
                                          double coefficient_threshold, double basis_threshold,
                                          double score_threshold) {
     Connectivity c = {};
-    checks.on_cpu("basis", basis);
+    checks.placed("basis", basis);
     c.basis_storage = checks.storage("basis", basis);
     if (basis.dim() != 2 || basis.size(0) != rows || rows < 1)
         checks.fail("basis must have one row per logit, shape (", rows, " (at least 1), tokens), got ",
@@ -23,7 +23,7 @@ inline Connectivity checked_connectivity(const Checks& checks, int64_t images, i
     c.rows = rows;
     c.keys = c.tokens = basis.size(1);
     if (candidates) {
-        checks.on_cpu("candidates", *candidates);
+        checks.placed("candidates", *candidates);
         if (candidates->scalar_type() != ScalarType::Int && candidates->scalar_type() != ScalarType::Long)
             checks.fail("candidates must be int32 or int64, got ", name_of(candidates->scalar_type()));
         if (candidates->dim() != 2 || candidates->size(0) != images)

@@ -15,7 +15,7 @@ constexpr int64_t kMaxKernel = 1023;
 const void* of_channels(const char* name, const std::optional<Tensor>& values, ScalarType type,
                         int64_t channels) {
     if (!values) return nullptr;
-    kChecks.on_cpu(name, *values);
+    kChecks.placed(name, *values);
     kChecks.dtype(name, *values, type);
     kChecks.shape(name, *values, {channels});
     kChecks.contiguous_channels(name, *values);
@@ -35,7 +35,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional
     a.channels = x.size(3);
     if (a.channels < 1 || a.channels > kMaxExtent)
         kChecks.fail("x must have from 1 to ", kMaxExtent, " channels, got shape ", shape_of(x));
-    kChecks.on_cpu("weight", weight);
+    kChecks.placed("weight", weight);
     kChecks.dtype("weight", weight, wide);
     const int64_t dims = weight.dim();
     if (dims != 3 && dims != 4)

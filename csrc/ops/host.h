@@ -29,7 +29,15 @@ namespace vitrail {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+using Optional = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+// Of tokens in a row, of a region. A GPU counts all tokens of an image in 32 bits, with some to spare.
+#if defined(VITRAIL_CUDA)
+constexpr int64_t kMaxExtent = std::numeric_limits<int32_t>::max() - 1024;
+#else
 constexpr int64_t kMaxExtent = std::numeric_limits<int32_t>::max();
+#endif
 
 inline std::string shape_of(const Tensor& t) {
     std::ostringstream text;
@@ -86,8 +94,13 @@ class Checks {
         }
     }
 
-    void on_cpu(const char* name, const Tensor& t) const {
+    // On the device that the operator is compiled for.
+    void placed(const char* name, const Tensor& t) const {
+#if defined(VITRAIL_CUDA) && !defined(VITRAIL_EMULATE)
+        if (!t.is_cuda()) fail(name, " must be on a GPU");
+#else
         if (!t.is_cpu()) fail(name, " must be on the CPU");
+#endif
     }
 
     void dtype(const char* name, const Tensor& t, ScalarType type) const {
@@ -117,11 +130,15 @@ class Checks {
 
     // A (B, H, W, C) grid with contiguous channels.
     void grid(const char* name, const Tensor& t) const {
-        on_cpu(name, t);
+        placed(name, t);
         if (t.dim() != 4) fail(name, " must have 4 dimensions (B, H, W, C), got shape ", shape_of(t));
         contiguous_channels(name, t);
         if (t.size(1) > kMaxExtent || t.size(2) > kMaxExtent)
             fail(name, " must be at most ", kMaxExtent, " tokens high and wide, got shape ", shape_of(t));
+#if defined(VITRAIL_CUDA)
+        if (t.size(1) * t.size(2) > kMaxExtent)
+            fail(name, " must have at most ", kMaxExtent, " tokens on a GPU, got shape ", shape_of(t));
+#endif
     }
 
     // The same, whose channels `heads` divides, like `q` in dtype and batch.
@@ -132,7 +149,7 @@ class Checks {
 
     // A (B, N, C) row of tokens whose channels `heads` divides, like `q` in dtype and batch.
     void tokens(const char* name, const Tensor& t, const Tensor& q, int64_t heads) const {
-        on_cpu(name, t);
+        placed(name, t);
         if (t.dim() != 3) fail(name, " must have 3 dimensions (B, N, C), got shape ", shape_of(t));
         like(name, t, q, heads);
         if (t.size(1) > kMaxExtent)
@@ -163,6 +180,9 @@ class Checks {
         if (t.scalar_type() != q.scalar_type())
             fail(name, " must have the dtype of q, ", name_of(q.scalar_type()), ", got ",
                  name_of(t.scalar_type()));
+        if (t.get_device_index() != q.get_device_index())
+            fail(name, " must be on the GPU of q, number ", q.get_device_index(), ", got ",
+                 t.get_device_index());
         if (t.size(0) != q.size(0))
             fail(name, " must have the batch size of q, ", q.size(0), ", got ", t.size(0));
         if (channels == 0 || channels % heads != 0)

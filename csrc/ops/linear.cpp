@@ -24,7 +24,7 @@ Linear layer(const Checks& checks, const char* weight_name, const Tensor& weight
              int64_t columns, int64_t rows) {
     if (columns < 1 || columns > kMaxExtent)
         checks.fail("the number of columns must be from 1 to ", kMaxExtent, ", got ", columns);
-    checks.on_cpu(weight_name, weight);
+    checks.placed(weight_name, weight);
     checks.dtype(weight_name, weight, x.scalar_type());
     if (storage == Storage::kBFloat16)
         checks.shape(weight_name, weight, {panels_of(columns), (depth + 1) / 2, kPanel, 2});
@@ -38,7 +38,7 @@ Linear layer(const Checks& checks, const char* weight_name, const Tensor& weight
     a.columns = columns;
     a.norm_eps = -1;
     if (bias) {
-        checks.on_cpu(bias_name, *bias);
+        checks.placed(bias_name, *bias);
         checks.dtype(bias_name, *bias, compute_type(storage));
         if (bias->dim() == 1) {
             checks.shape(bias_name, *bias, {columns});
@@ -62,7 +62,7 @@ Storage packed_storage(const Checks& checks, const char* name, const Tensor& x) 
 }
 
 Storage rows_of(const Checks& checks, const char* name, const Tensor& x) {
-    checks.on_cpu(name, x);
+    checks.placed(name, x);
     const Storage storage = packed_storage(checks, name, x);
     if (x.dim() != 2 || x.size(1) < 1 || x.size(1) > kMaxExtent)
         checks.fail(name, " must have 2 dimensions (rows, channels), with at least one channel, got shape ",
@@ -88,7 +88,7 @@ int64_t joined_channels(const Checks& checks, const char* name, const std::optio
 
 void add_residual(const Checks& checks, Linear& a, const std::optional<Tensor>& residual, const Tensor& x) {
     if (!residual) return;
-    checks.on_cpu("residual", *residual);
+    checks.placed("residual", *residual);
     checks.dtype("residual", *residual, x.scalar_type());
     checks.shape("residual", *residual, {x.size(0), a.columns});
     checks.contiguous_channels("residual", *residual);
@@ -281,7 +281,7 @@ Tensor packed_grn_mlp(const Tensor& x, const Tensor& weight1, const std::optiona
     Linear second = layer(checks, "weight2", weight2, "bias2", bias2, storage, x, hidden, columns, of_image);
     first.activation = Activation::kGelu;
     first.norm_eps = norm_eps;
-    checks.on_cpu("grn_weight", grn_weight);
+    checks.placed("grn_weight", grn_weight);
     checks.dtype("grn_weight", grn_weight, wide);
     checks.shape("grn_weight", grn_weight, {hidden});
     checks.contiguous_channels("grn_weight", grn_weight);

@@ -6,8 +6,6 @@
 
 namespace vitrail {
 
-using Sizes = std::vector<int64_t>;
-
 inline Regions regions_of(const Checks& checks, const char* name, const Tensor& grid, const Sizes& size) {
     checks.extent(name, size);
     Regions r = {};

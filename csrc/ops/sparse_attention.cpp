@@ -17,7 +17,7 @@ SparseAttention checked(const Checks& checks, const Tensor& q, const Tensor& k, 
                         const Tensor& keys, int64_t num_heads, double scale) {
     SparseAttention a = {};
     set_tokens(checks, q, k, v, num_heads, scale, a);
-    checks.on_cpu("keys", keys);
+    checks.placed("keys", keys);
     if (keys.scalar_type() != ScalarType::Int && keys.scalar_type() != ScalarType::Long)
         checks.fail("keys must be int32 or int64, got ", name_of(keys.scalar_type()));
     if (keys.dim() != 4 || keys.size(0) != q.size(0) || keys.size(1) != num_heads ||
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(const Tensor& grad,
     checks.tokens("grad", grad, q, num_heads);
     checks.shape("grad", grad, {q.size(0), q.size(1), v.size(2)});
     checks.shape("out", out, {q.size(0), q.size(1), v.size(2)});
-    checks.on_cpu("lse", lse);
+    checks.placed("lse", lse);
     checks.dtype("lse", lse, compute_type(b.forward.storage));
     checks.shape("lse", lse, {q.size(0), q.size(1), num_heads});
     Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});

@@ -22,7 +22,7 @@ Storage check(const Checks& checks, const Tensor& x, const Tensor& weight, const
     if (axis != 1 && axis != 2) checks.fail("axis must be 1 or 2, got ", axis);
     checks.grid("x", x);
     const Storage storage = checks.storage("x", x);
-    checks.on_cpu("weight", weight);
+    checks.placed("weight", weight);
     checks.dtype("weight", weight, x.scalar_type());
     const int64_t length = x.size(axis), channels = x.size(3);
     const int64_t groups = weight.dim() == 4 ? weight.size(3) : channels;
@@ -31,7 +31,7 @@ Storage check(const Checks& checks, const Tensor& x, const Tensor& weight, const
     checks.shape("weight", weight, {3, length, length, groups});
     checks.contiguous_channels("weight", weight);
     if (bias) {
-        checks.on_cpu("bias", *bias);
+        checks.placed("bias", *bias);
         checks.dtype("bias", *bias, x.scalar_type());
         checks.shape("bias", *bias, {length, groups});
     }

@@ -6,12 +6,12 @@
 
 namespace vitrail {
 
-// k[1], v[1]: the key and the value that stand past the grid.
+// k[1], v[1]: the key and the value that stand past the grid. A table of biases is (tokens of a window, the
+// same).
 struct WindowAttention : BlockAttention {
     int64_t grid_height, grid_width;
     int64_t height, width;  // of a window
     int64_t down, right;    // the shift
-    const void* bias;       // (heads, tokens of a window, the same), contiguous, in the type of lse; or null
 };
 
 VITRAIL_DECLARE_KERNELS(BlockKernels<WindowAttention>, kWindowAttention)

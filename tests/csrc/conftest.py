@@ -3,18 +3,27 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from vitrail.ops import library
 
 from ..threads import with_threads
-from .kernels import OTHER_CAPABILITIES, check_with
+from .kernels import DEVICE, OTHER_CAPABILITIES, check_with
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> Iterator[None]:
     with library.use_ops("fused"):
-        library.load()
+        library.load(DEVICE)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs() -> Iterator[None]:
+    """What a kernel does not write is not a number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=OTHER_CAPABILITIES)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,40 @@ from torch import Tensor
 
 from vitrail.ops import library
 
+# Where the operators run: their arguments are moved there, what they return is moved back.
+DEVICE = os.environ.get("VITRAIL_TEST_DEVICE", "cpu")
+# The library is that of the GPU kernels, thread by thread on the host (see emulation.py).
+EMULATED = "VITRAIL_EMULATED" in os.environ
 # Of results, relative to the values that were averaged.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # Of gradients, relative to the largest or to 1; half types round results, which gradients then start from.
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.float64: 3e-14, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+if EMULATED or DEVICE != "cpu":  # GPU kernels know no float64
+    del TOLERANCE[torch.float64], GRADIENT_TOLERANCE[torch.float64]
 OTHER_CAPABILITIES = ("default", "avx2", "avx512")
-# Of properties; fewer where another instruction set runs them once more.
-EXAMPLES = 30 if "ATEN_CPU_CAPABILITY" in os.environ else 100
+# Of properties; fewer where another instruction set, or the slow emulation, runs them once more.
+EXAMPLES = 30 if EMULATED or "ATEN_CPU_CAPABILITY" in os.environ else 100
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """`torch.ops.vitrail.<name>`, on the device that is tested."""
+    op = getattr(torch.ops.vitrail, name)
+    if DEVICE == "cpu":
+        return op
+
+    def moved(*arguments: Any) -> Any:
+        results = op(*(_moved(x) if isinstance(x, Tensor) else x for x in arguments))
+        return tuple(x.cpu() for x in results) if isinstance(results, (tuple, list)) else results.cpu()
+
+    return moved
+
+
+def _moved(x: Tensor) -> Tensor:
+    """On the device, with the strides that it has: what lies between its elements comes along."""
+    if x.device.type != "cpu":
+        return x
+    memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return memory.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def check_outputs(outputs: Sequence[Tensor], expected: Sequence[Tensor], v: Tensor) -> None:
@@ -43,10 +71,10 @@ def check_gradients(
     name: str, arguments: Sequence, wanted: Sequence[int], definition: Callable, tolerance: float = 1.0
 ) -> list[Tensor]:
     """The backward operator against autograd through a float64 definition; `wanted`: arguments with gradients."""
-    out, lse = getattr(torch.ops.vitrail, name)(*arguments)
+    out, lse = operator(name)(*arguments)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grad = grad.to(out.dtype)
-    gradients = getattr(torch.ops.vitrail, f"{name}_backward")(grad, out, lse, *arguments)
+    gradients = operator(f"{name}_backward")(grad, out, lse, *arguments)
     wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
     leaves = [i for i in wanted if arguments[i] is not None]
     for i in leaves:

@@ -24,6 +24,7 @@ from .kernels import (
     check_gradients,
     check_outputs,
     check_with,
+    operator,
 )
 
 
@@ -74,7 +75,7 @@ class Case:
 
 
 def fused(*arguments) -> tuple[Tensor, Tensor]:
-    return torch.ops.vitrail.routed_attention(*arguments)
+    return operator("routed_attention")(*arguments)
 
 
 def definition(q, k, v, routes, weights, region, kv_region, heads, scale) -> tuple[Tensor, Tensor]:
@@ -262,7 +263,7 @@ def test_the_number_of_threads_does_not_change_a_bit(shape):
     arguments = case.arguments()
     out, lse = fused(*arguments)
     with_threads(lambda: fused(*arguments))
-    with_threads(lambda: torch.ops.vitrail.routed_attention_backward(out, out, lse, *arguments))
+    with_threads(lambda: operator("routed_attention_backward")(out, out, lse, *arguments))
 
 
 def test_an_image_gives_the_same_bits_alone_and_in_a_batch():
@@ -288,7 +289,7 @@ def test_nothing_to_compute_is_no_error(empty):
         assert not out.any()
         assert (lse == -math.inf).all()
     arguments = case.arguments()
-    gradients = torch.ops.vitrail.routed_attention_backward(out, out, lse, *arguments)
+    gradients = operator("routed_attention_backward")(out, out, lse, *arguments)
     for x, gradient in zip((*arguments[:3], arguments[4]), gradients, strict=True):
         assert gradient.shape == x.shape
         assert not gradient.any()
@@ -385,10 +386,10 @@ def test_what_the_backward_gets_is_checked_too(message):
     saved = [out, out, lse]
     saved[position] = change(saved[position])
     with pytest.raises(RuntimeError, match=f"routed_attention_backward: {message}"):
-        torch.ops.vitrail.routed_attention_backward(*saved, *arguments)
+        operator("routed_attention_backward")(*saved, *arguments)
     arguments[3] = arguments[3] + 6
     with pytest.raises(IndexError, match="routed_attention_backward: routes"):
-        torch.ops.vitrail.routed_attention_backward(out, out, lse, *arguments)
+        operator("routed_attention_backward")(out, out, lse, *arguments)
 
 
 @pytest.mark.parametrize(("position", "name"), [(1, "k"), (2, "v"), (3, "routes"), (4, "weights")])

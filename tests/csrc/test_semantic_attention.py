@@ -16,9 +16,10 @@ from .kernels import (
     check_gradients,
     check_outputs,
     check_with,
+    operator,
 )
 
-OP = torch.ops.vitrail.semantic_attention
+OP = operator("semantic_attention")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def test_the_number_of_threads_does_not_change_a_bit(shape):
     arguments = replace(SHAPES[shape], batch=3).arguments()
     out, lse = OP(*arguments)
     with_threads(lambda: OP(*arguments))
-    with_threads(lambda: torch.ops.vitrail.semantic_attention_backward(out, out, lse, *arguments))
+    with_threads(lambda: operator("semantic_attention_backward")(out, out, lse, *arguments))
 
 
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"windows": (0, 2)}, {"windows": (2, 0)}], ids=str)
@@ -150,7 +151,7 @@ def test_nothing_to_compute_is_no_error(empty):
     assert out.shape == (case.batch, *case.grid, 16)
     assert lse.shape == (case.batch, *case.grid, 2)
     for x, gradient in zip(
-        arguments, torch.ops.vitrail.semantic_attention_backward(out, out, lse, *arguments), strict=False
+        arguments, operator("semantic_attention_backward")(out, out, lse, *arguments), strict=False
     ):
         assert gradient.shape == x.shape
         assert not gradient.any()
@@ -184,7 +185,7 @@ def test_a_wrong_argument_is_refused_by_name(message):
     with pytest.raises(RuntimeError, match=f"semantic_attention: .*{message}"):
         OP(*arguments)
     with pytest.raises(RuntimeError, match=f"semantic_attention_backward: .*{message}"):
-        torch.ops.vitrail.semantic_attention_backward(out, out, lse, *arguments)
+        operator("semantic_attention_backward")(out, out, lse, *arguments)
 
 
 @pytest.mark.parametrize("capability", OTHER_CAPABILITIES)

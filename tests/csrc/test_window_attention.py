@@ -16,9 +16,10 @@ from .kernels import (
     check_gradients,
     check_outputs,
     check_with,
+    operator,
 )
 
-OP = torch.ops.vitrail.window_attention
+OP = operator("window_attention")
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def test_a_bias_of_minus_infinity_hides_a_key():
     want, want_lse = definition(*arguments)
     torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
-    grads = torch.ops.vitrail.window_attention_backward(out, out, lse, *arguments)
+    grads = operator("window_attention_backward")(out, out, lse, *arguments)
     assert all(x.isfinite().all() for x in grads)
     assert not grads[1][0].flatten(0, 1)[4:].any()
 
@@ -177,7 +178,7 @@ def test_the_number_of_threads_does_not_change_a_bit(shape):
     arguments = replace(SHAPES[shape], batch=3).arguments()
     out, lse = OP(*arguments)
     with_threads(lambda: OP(*arguments))
-    with_threads(lambda: torch.ops.vitrail.window_attention_backward(out, out, lse, *arguments))
+    with_threads(lambda: operator("window_attention_backward")(out, out, lse, *arguments))
 
 
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"grid": (0, 7)}, {"grid": (3, 0)}], ids=str)
@@ -188,7 +189,7 @@ def test_nothing_to_compute_is_no_error(empty):
     assert out.shape == (case.batch, *case.grid, 16)
     assert lse.shape == (case.batch, *case.grid, 2)
     for x, gradient in zip(
-        arguments, torch.ops.vitrail.window_attention_backward(out, out, lse, *arguments), strict=False
+        arguments, operator("window_attention_backward")(out, out, lse, *arguments), strict=False
     ):
         assert gradient.shape == x.shape
         assert not gradient.any()
@@ -226,7 +227,7 @@ def test_a_wrong_argument_is_refused_by_name(message):
     with pytest.raises(RuntimeError, match=f"window_attention: {message}"):
         OP(*arguments)
     with pytest.raises(RuntimeError, match=f"window_attention_backward: {message}"):
-        torch.ops.vitrail.window_attention_backward(out, out, lse, *arguments)
+        operator("window_attention_backward")(out, out, lse, *arguments)
 
 
 def test_q_and_k_must_share_a_grid():

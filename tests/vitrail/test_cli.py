@@ -266,13 +266,24 @@ def test_a_truncated_checkpoint_is_a_failed_job_and_leaves_nothing(cli, weights,
 def test_build_says_where_the_library_is(cli):
     result = cli("build", "--json")
     assert result.code == 0, result.err
-    assert os.path.getsize(result.document["path"]) == result.document["size_bytes"]
+    cpu = result.document["libraries"][0]
+    assert cpu["device"] == "cpu"
+    assert os.path.getsize(cpu["path"]) == cpu["size_bytes"]
 
 
 def test_build_without_a_compiler_is_a_failed_job_that_says_so(shell, tmp_path):
     result = shell("build", CXX="no-such-compiler", VITRAIL_CACHE=str(tmp_path / "cache"))
     assert result.code == 1
     assert result.err.startswith("error: the C++ compiler 'no-such-compiler', named by CXX, was not found")
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is without CUDA")
+def test_build_for_gpus_without_their_compiler_is_a_failed_job_that_says_so(shell, tmp_path):
+    environment = {"CUDACXX": "no-such-nvcc", "VITRAIL_CACHE": str(tmp_path / "cache")}
+    result = shell("build", "--device", "cuda", **environment)
+    assert result.code == 1
+    assert result.err.startswith("error: the CUDA compiler 'no-such-nvcc', named by CUDACXX, was not found")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_doctor_tells_versions_machine_and_the_path_of_every_operator(cli):

@@ -1,9 +1,12 @@
 """`vitrail doctor`: what runs here, and why."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ..ops.library import LibraryStatus
 
 _EXAMPLES = """\
 examples:
@@ -25,12 +28,16 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _where(status: "LibraryStatus") -> str:
+    return str(status.path) if status.cached or status.loaded else "not built"
+
+
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Print the diagnosis."""
     from ..doctor import diagnose
 
     found = diagnose()
-    machine, status = found.machine, found.library
+    machine, status, gpu = found.machine, found.library, found.cuda_library
     cuda = ", ".join(machine["cuda"]) or (
         "no device" if machine["torch_cuda"] else "this torch is built without"
     )
@@ -45,12 +52,17 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
             status.compiler_version or status.compiler or "none found",
         ),
         ("VITRAIL_OPS", status.mode),
-        ("library", f"{status.path}" if status.cached or status.loaded else "not built"),
+        ("library", _where(status)),
+        ("CUDA compiler", gpu.compiler_version or gpu.reason or "none found"),
+        ("CUDA library", _where(gpu)),
         ("cache", str(status.cache_dir)),
     ]
     operators = terminal.table(
-        ["operator", "runs", "why"],
-        [[op.name, "compiled" if op.compiled else "definition", op.reason] for op in found.operators],
+        ["operator", "on", "runs", "why"],
+        [
+            [op.name, op.device, "compiled" if op.compiled else "definition", op.reason]
+            for op in found.operators
+        ],
     )
     advice = [("to do", line) for line in found.advice] or [("to do", "nothing")]
     terminal.result(found.to_dict(), terminal.facts(facts), "", operators, terminal.facts(advice))

@@ -1,0 +1,92 @@
+"""The GPU kernels through nvcc, without a GPU: they compile, link, load and are registered.
+
+For Hopper among the quick tests; for every architecture, which takes ten minutes, among the slow ones.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from vitrail.ops import library
+
+# Bytes of registers that a kernel may keep in memory instead.
+SPILLED = 128
+OPERATORS = ("routed_attention", "window_attention", "semantic_attention")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("9.0",), pytest.param(library.CUDA_ARCHITECTURES, marks=pytest.mark.slow)],
+    ids=["Hopper", "all"],
+)
+def architectures(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compiled(architectures: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The library, and what the compiler says of the kernels."""
+    try:
+        compiler = library.find_cuda_compiler()
+    except library.BuildError as error:
+        pytest.skip(str(error))
+    path = tmp_path_factory.mktemp("cuda") / library.CUDA_LIBRARY_NAME
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", " ".join(architectures))
+        compiles, link = library.cuda_commands(compiler, path)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = "".join(pool.map(_run, compiles))
+    _run(link)
+    return path, said
+
+
+def _run(command: list[str]) -> str:
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stderr
+
+
+def kernels(said: str) -> dict[tuple[str, str], tuple[int, int]]:
+    """Registers and spilled bytes of each kernel, by its name and architecture."""
+    table = {}
+    for part in said.split("Compiling entry function ")[1:]:
+        name, architecture = re.match(r"'(\S+)' for '(\S+)'", part).groups()
+        spilled = re.search(r"(\d+) bytes spill stores", part)
+        table[name, architecture] = (int(re.search(r"Used (\d+) registers", part)[1]), int(spilled[1]))
+    return table
+
+
+def test_it_compiles_without_a_warning(compiled):
+    _, said = compiled
+    assert "warning" not in said.lower(), said[-4000:]
+
+
+def test_no_kernel_spills_badly(architectures, compiled):
+    table = kernels(compiled[1])
+    names = {name for name, _ in table}
+    for architecture in architectures:
+        code = "sm_" + architecture.removesuffix("+PTX").replace(".", "")
+        assert {name for name, for_ in table if for_ == code} == names
+    assert any("attend" in name for name in names)
+    bad = {kernel: spilled for kernel, (_, spilled) in table.items() if spilled > SPILLED}
+    assert not bad
+
+
+def test_it_loads_where_there_is_no_gpu_and_registers_its_kernels(compiled):
+    code = f"""
+    import torch
+    import vitrail.ops
+    from vitrail.ops.library import has_kernel
+    torch.ops.load_library({str(compiled[0])!r})
+    for name in {OPERATORS}:
+        assert has_kernel(f"vitrail::{{name}}", "CUDA"), name
+        assert has_kernel(f"vitrail::{{name}}_backward", "CUDA"), name
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
