@@ -208,7 +208,7 @@ def test_without_a_compiled_library_gradients_need_no_forward_pass(axis, bias, m
     calls = []
     conv2d = torch.nn.functional.conv2d
     monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *a, **k: calls.append(1) or conv2d(*a, **k))
-    monkeypatch.setattr(library, "load", lambda: False)
+    monkeypatch.setattr(library, "load", lambda *_: False)
     for got, w in zip(module._operator._backward_kernel(grad, *positional), want, strict=True):
         torch.testing.assert_close(got, w)
     assert len(calls) == 1  # the gradient of x, which is a mixing itself
