@@ -69,7 +69,7 @@ class Operator:
         shared: names of the tensor arguments without a batch, such as weights; the others have it in front.
         check_values: raises for values that are not allowed (indices out of range); called where they can be read.
         foldable: whether `vmap` may join the mapped dimension to the first one of the arguments that are not shared.
-        compiled: whether the compiled library holds a CPU kernel, so that loading it is worth while.
+        compiled: device types whose compiled library holds a kernel, so that loading it is worth while.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Operator:
         shared: Sequence[str] = (),
         check_values: Optional[Callable[..., None]] = None,
         foldable: bool = True,
-        compiled: bool = False,
+        compiled: Sequence[str] = (),
     ):
         self.name = name
         self.definition = definition
@@ -94,7 +94,7 @@ class Operator:
         self._forward = forward or definition
         self._check_values = check_values
         self._foldable = foldable
-        self._compiled = compiled
+        self._compiled = tuple(compiled)
 
         results = ", ".join(f"Tensor {x}" for x in outputs)
         saved = ", ".join(f"Tensor {x}" for x in ("grad", *(outputs if len(outputs) > 1 else ())))
@@ -144,7 +144,7 @@ class Operator:
     def _kernel(self, *args):
         """Hands over to the compiled library once that is loaded, else runs the definition."""
         device = args[0].device.type
-        if self._compiled and library.load(device) and self._has_kernel(self.name, device):
+        if self._hands_over(self.name, device):
             return self.op(*args)
         if self._check_values is not None and device == "cpu":
             self._check_values(*args)
@@ -156,8 +156,7 @@ class Operator:
     def _backward_kernel(self, grad, *rest):
         """The same for the gradients."""
         device = grad.device.type
-        name = f"{self.name}_backward"
-        if self._compiled and library.load(device) and self._has_kernel(name, device):
+        if self._hands_over(f"{self.name}_backward", device):
             return self.backward_op(grad, *rest)
         return self._differentiate(grad, *rest)
 
@@ -171,9 +170,10 @@ class Operator:
         )
         return grads if len(grads) > 1 else grads[0]
 
-    @staticmethod
-    def _has_kernel(name: str, device: str) -> bool:
-        return library.has_kernel(f"vitrail::{name}", device.upper())
+    def _hands_over(self, name: str, device: str) -> bool:
+        """Whether the compiled library, loaded now if it was not, has put a kernel in front of this one."""
+        known = device in self._compiled and library.load(device)
+        return known and library.has_kernel(f"vitrail::{name}", device.upper())
 
     def _leaves(self, args):
         """The arguments with fresh leaves where they are differentiable, and these leaves."""

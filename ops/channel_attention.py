@@ -43,7 +43,7 @@ _operator = AttentionOperator(
     _address,
     _collect,
     _shapes,
-    compiled=True,
+    compiled=("cpu",),
 )
 reference = _operator.definition
 

@@ -100,7 +100,7 @@ _operator = Operator(
     differentiable=("q", "k", "v"),
     shared=("projection", "basis"),
     check_values=_check_values,
-    compiled=True,
+    compiled=("cpu",),
 )
 
 # --- the public function ----------------------------------------------------------------------------------------------

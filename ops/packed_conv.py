@@ -67,7 +67,7 @@ _operator = Operator(
     _like,
     differentiable=("x", "weight", "bias"),
     cast=(),
-    compiled=True,
+    compiled=("cpu",),
     foldable=False,
 )
 

@@ -112,7 +112,7 @@ _packed_linear = Operator(
     lambda x, x2, x3, weight, bias, residual, columns, *_: x.new_empty((x.shape[0], columns)),
     differentiable=("x", "x2", "x3", "weight", "bias", "residual"),
     cast=(),
-    compiled=True,
+    compiled=("cpu",),
     foldable=False,
 )
 _packed_mlp = Operator(
@@ -123,7 +123,7 @@ _packed_mlp = Operator(
     lambda x, w1, b1, w2, b2, residual, hidden, columns, *_: x.new_empty((x.shape[0], columns)),
     differentiable=("x", "weight1", "bias1", "weight2", "bias2", "residual"),
     cast=(),
-    compiled=True,
+    compiled=("cpu",),
     foldable=False,
 )
 _packed_grn_mlp = Operator(
@@ -134,7 +134,7 @@ _packed_grn_mlp = Operator(
     lambda x, w1, b1, grn, w2, b2, residual, images, hidden, columns, *_: x.new_empty((x.shape[0], columns)),
     differentiable=("x", "weight1", "bias1", "grn_weight", "weight2", "bias2", "residual"),
     cast=(),
-    compiled=True,
+    compiled=("cpu",),
     foldable=False,
 )
 linear_reference = _packed_linear.definition

@@ -74,7 +74,7 @@ _operator = Operator(
     outputs=("out", "lse"),
     forward=_forward,
     check_values=_check_keys_in_range,
-    compiled=True,
+    compiled=("cpu",),
 )
 
 # --- the public function ----------------------------------------------------------------------------------------------

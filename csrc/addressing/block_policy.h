@@ -6,11 +6,10 @@
 // other; a thread of a GPU for the one that it is about to load.
 #pragma once
 
+#include "../core/parts.h"
 #include "rectangle.h"
 
 namespace vitrail::VITRAIL_ISA {
-
-constexpr int kQueryBlock = 64;  // query rows that share one pass over their keys
 
 // Where a query lies, and its place in its window where scores are biased by place.
 struct Query {
@@ -23,14 +22,26 @@ struct Key {
     int source;
 };
 
-VITRAIL_INLINE constexpr int64_t round_up(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
+// A slot is a visit of a region of queries: from whom, to which block of keys, and how much it counts. Here a
+// region visits one block of keys, its own.
+template <class T>
+struct OneVisit {
+    VITRAIL_INLINE Place visits() const { return 1; }  // of one region of queries
+    VITRAIL_INLINE bool weighted() const { return false; }
+    VITRAIL_INLINE Place slot(Place region, Place) const { return region; }
+    VITRAIL_INLINE Place visitor(Place slot) const { return slot; }
+    VITRAIL_INLINE Place visited(int64_t, Place slot) const { return slot; }
+    VITRAIL_INLINE T weight(int64_t, Place) const { return T(1); }
+};
 
-// `size` things in `parts` even parts: where part `i` begins.
-VITRAIL_INLINE constexpr Place part_begin(Place size, Place parts, Place i) {
-    return size / parts * i + (i < size % parts ? i : size % parts);
-}
+// Nothing is added to scores.
+struct Unbiased {
+    VITRAIL_INLINE bool biased() const { return false; }
+    template <class Visit>
+    VITRAIL_INLINE void each_bias(Place, Place, Place, Visit) const {}
+    VITRAIL_INLINE int64_t bias_row(Place, Place) const { return 0; }
+    VITRAIL_INLINE Place bias_column(Place, Place) const { return 0; }
+};
 
 // A region of queries is cut into blocks, `parts()` of them.
 template <class Policy>

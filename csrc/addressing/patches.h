@@ -11,7 +11,7 @@
 namespace vitrail::VITRAIL_ISA {
 
 template <class T>
-class Patches {
+class Patches : public OneVisit<T>, public Unbiased {
   public:
     using Arguments = SemanticAttention;
 
@@ -29,9 +29,7 @@ class Patches {
     VITRAIL_INLINE Place key_blocks() const { return down_ * across_; }
     VITRAIL_INLINE Place largest_key_block() const { return window_.size() + patch_.size(); }
     VITRAIL_INLINE Place largest_query_region() const { return window_.size(); }
-    VITRAIL_INLINE Place visits() const { return 1; }  // of one region of queries
-    VITRAIL_INLINE bool weighted() const { return false; }
-    VITRAIL_INLINE bool biased() const { return false; }
+    VITRAIL_INLINE Place slots() const { return key_blocks(); }
 
     VITRAIL_INLINE Rectangle query_region(Place i) const { return window(i); }
     VITRAIL_INLINE bool query_at(Place, Place y, Place x, Query& to) const {
@@ -59,19 +57,6 @@ class Patches {
             return Key{y, x, source};
         });
     }
-
-    // A slot is a visit of a region: from whom, to which block of keys, and how much it counts.
-    VITRAIL_INLINE Place slots() const { return key_blocks(); }
-    VITRAIL_INLINE Place slot(Place region, Place) const { return region; }
-    VITRAIL_INLINE Place visitor(Place slot) const { return slot; }
-    VITRAIL_INLINE Place visited(int64_t, Place slot) const { return slot; }
-    VITRAIL_INLINE T weight(int64_t, Place) const { return T(1); }
-
-    // Where a query has its biases.
-    template <class Visit>
-    VITRAIL_INLINE void each_bias(Place, Place, Place, Visit) const {}
-    VITRAIL_INLINE int64_t bias_row(Place, Place) const { return 0; }
-    VITRAIL_INLINE Place bias_column(Place, Place) const { return 0; }
 
     // Calls visit(block of keys, key) for every patch that a token of the image is in.
     template <class Visit>

@@ -8,7 +8,7 @@
 namespace vitrail::VITRAIL_ISA {
 
 template <class T>
-class RoutedRegions {
+class RoutedRegions : public Unbiased {
   public:
     using Arguments = RoutedAttention;
 
@@ -27,7 +27,6 @@ class RoutedRegions {
     VITRAIL_INLINE Place largest_query_region() const { return q_.size; }
     VITRAIL_INLINE Place visits() const { return topk_; }  // of one region of queries
     VITRAIL_INLINE bool weighted() const { return weights_ != nullptr; }
-    VITRAIL_INLINE bool biased() const { return false; }
 
     VITRAIL_INLINE Rectangle query_region(Place i) const { return q_.region(i); }
     VITRAIL_INLINE bool query_at(Place, Place y, Place x, Query& to) const {
@@ -44,7 +43,6 @@ class RoutedRegions {
         return k_.region(block).at(i, [&](Place y, Place x) { return key_at(y, x); });
     }
 
-    // A slot is a visit of a region: from whom, to which block of keys, and how much it counts.
     VITRAIL_INLINE Place slots() const { return q_.count * topk_; }
     VITRAIL_INLINE Place slot(Place region, Place visit) const { return region * topk_ + visit; }
     VITRAIL_INLINE Place visitor(Place slot) const { return slot / topk_; }
@@ -54,12 +52,6 @@ class RoutedRegions {
     VITRAIL_INLINE T weight(int64_t image, Place slot) const {
         return weights_ ? weights_[image * slots() + slot] : T(1);
     }
-
-    // Where a query has its biases.
-    template <class Visit>
-    VITRAIL_INLINE void each_bias(Place, Place, Place, Visit) const {}
-    VITRAIL_INLINE int64_t bias_row(Place, Place) const { return 0; }
-    VITRAIL_INLINE Place bias_column(Place, Place) const { return 0; }
 
     // Any region may look at any other.
     VITRAIL_INLINE Place units() const { return 1; }

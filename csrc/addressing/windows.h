@@ -11,7 +11,7 @@
 namespace vitrail::VITRAIL_ISA {
 
 template <class T>
-class Windows {
+class Windows : public OneVisit<T> {
   public:
     using Arguments = WindowAttention;
 
@@ -31,8 +31,7 @@ class Windows {
     VITRAIL_INLINE Place key_blocks() const { return rows_.count * columns_.count; }
     VITRAIL_INLINE Place largest_key_block() const { return height_ * width_; }
     VITRAIL_INLINE Place largest_query_region() const { return height_ * width_; }
-    VITRAIL_INLINE Place visits() const { return 1; }  // of one region of queries
-    VITRAIL_INLINE bool weighted() const { return false; }
+    VITRAIL_INLINE Place slots() const { return key_blocks(); }
     VITRAIL_INLINE bool biased() const { return biased_; }
 
     VITRAIL_INLINE Rectangle query_region(Place i) const { return rectangle(i); }
@@ -49,13 +48,6 @@ class Windows {
     VITRAIL_INLINE Key key(Place block, Place i) const {
         return rectangle(block).at(i, [&](Place y, Place x) { return key_at(y, x); });
     }
-
-    // A slot is a visit of a region: from whom, to which block of keys, and how much it counts.
-    VITRAIL_INLINE Place slots() const { return key_blocks(); }
-    VITRAIL_INLINE Place slot(Place region, Place) const { return region; }
-    VITRAIL_INLINE Place visitor(Place slot) const { return slot; }
-    VITRAIL_INLINE Place visited(int64_t, Place slot) const { return slot; }
-    VITRAIL_INLINE T weight(int64_t, Place) const { return T(1); }
 
     // Where a query has its biases: calls visit(first key, its place in the tables, count) for the keys of a
     // block. The same for one key: the place of a row, and within it.

@@ -5,8 +5,8 @@
 // number, or a pair of bfloat16 numbers. A missing token is a null pointer and counts as zeros.
 #pragma once
 
-#include "../addressing/block_policy.h"
 #include "gemm.h"
+#include "parts.h"
 
 namespace vitrail::VITRAIL_ISA {
 

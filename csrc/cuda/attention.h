@@ -139,7 +139,6 @@ class QueryBlock {
           count_(any.with([&](const auto& policy) { return VisitedKeys(policy, image_, block_).count(); })) {}
 
     VITRAIL_DEVICE Place keys() const { return count_; }
-    VITRAIL_DEVICE Place head() const { return head_; }
     VITRAIL_DEVICE Rows<S, kWidth> array(int i) const {
         return {reinterpret_cast<S*>(memory() + i * Rows<S, kWidth>::bytes(rows_))};
     }
@@ -285,15 +284,9 @@ __global__ void __launch_bounds__(128)
         total[i] = across_row(total[i], [](float x, float y) { return x + y; });
         S* const to = block.template row<S>(a.out, a.value_dim, row + 8 * i);
         if (!to) continue;
-#pragma unroll
-        for (int j = 0; j < kOutputs; ++j)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int c = 8 * j + 2 * (lane() % 4) + r;
-                if (c < int(a.value_dim)) narrow(out[j][2 * i + r] / total[i], to[c]);
-            }
+        store_row(out, i, total[i], int(a.value_dim), to);
         if (lane() % 4 == 0)
-            *block.template row<float>(a.lse, 1, row + 8 * i) = (highest[i] + log2_fast(total[i])) * kLn2;
+            *block.template row<float>(a.lse, 1, row + 8 * i) = (highest[i] + log2f(total[i])) * kLn2;
     }
 }
 

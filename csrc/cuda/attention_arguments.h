@@ -11,8 +11,7 @@ struct AttentionGradients {
     Grid grad;           // of the result
     Grid q, k[2], v[2];  // in the type of their tensors; null where `shared` has them
     Grid delta;          // of each query: the product of the result and its gradient; as the log-sum-exps lie
-    // Rows of keys and values of the source that blocks share (Policy::kShared): (image, block, key of the
-    // block, channel).
+    // Of keys and values of a source that blocks share: (image, block, key of the block, channel); or null.
     float *shared_k, *shared_v;
     // Of weights: (image, head, warp of a block of keys, slot, query of the slot's region); or null.
     float* weights;

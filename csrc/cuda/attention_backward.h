@@ -10,10 +10,9 @@
 
 namespace vitrail::cuda {
 
-// From products of queries and keys to the gradients of the scores.
-//
-// `scores`: such products, which become attention, times the weight of its key. `products`: of values and
-// gradients of results; they become the gradients of the scores before scale and weight.
+// Of one query and one key: the attention, from the score and the log-sum-exp in units of log2, and the
+// gradient of the score. `product` is that of the value and the gradient of the result, `weight` that of the
+// visit.
 struct ScoreGradient {
     float attention, of_score;
 
@@ -66,14 +65,7 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         S* const to = block.template row<S>(g.q, a.head_dim, row + 8 * i);
-        if (!to) continue;
-#pragma unroll
-        for (int j = 0; j < kOutputs; ++j)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int c = 8 * j + 2 * (lane() % 4) + r;
-                if (c < int(a.head_dim)) narrow(sums[j][2 * i + r], to[c]);
-            }
+        if (to) store_row(sums, i, 1.0f, int(a.head_dim), to);
     }
 }
 
@@ -180,18 +172,18 @@ class KeyBlock {
         }
     }
 
-    // Where the gradient of a row's key goes: in its tensor or, as float, among those that are shared.
-    template <class Use>
-    VITRAIL_DEVICE void store_row(int row, const Grid (&grids)[2], float* shared, int64_t channels,
-                                  Use use) const {
+    // The gradient of a row's key: into its tensor or, as float, among those that blocks share.
+    template <int N>
+    VITRAIL_DEVICE void store(const float (&sums)[N][4], int half, int row, const Grid (&grids)[2],
+                              float* shared, int64_t channels) const {
         Key key;
         if (!find_key(row, key)) return;
+        const int64_t at = (int64_t(image_) * blocks_ + block_) * largest() + first() + row;
         if (grids[key.source].data)
-            use(token<S>(grids[key.source], image_, key.row, key.column) + head_ * channels);
+            store_row(sums, half, 1.0f, int(channels),
+                      token<S>(grids[key.source], image_, key.row, key.column) + head_ * channels);
         else if (shared)
-            use(shared +
-                (((int64_t(image_) * blocks_ + block_) * largest() + first() + row) * a_.heads + head_) *
-                    channels);
+            store_row(sums, half, 1.0f, int(channels), shared + (at * a_.heads + head_) * channels);
     }
 
     // Sums of a warp: its lanes have those of queries first + 2t and first + 2t + 1, of some of its keys.
@@ -308,19 +300,8 @@ __global__ void __launch_bounds__(128)
 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const auto store = [&](const float (&sums)[kOutputs][4], int channels) {
-            return [&sums, channels, i](auto* to) {
-#pragma unroll
-                for (int j = 0; j < kOutputs; ++j)
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const int c = 8 * j + 2 * (lane() % 4) + r;
-                        if (c < channels) narrow(sums[j][2 * i + r], to[c]);
-                    }
-            };
-        };
-        block.store_row(row + 8 * i, g.k, g.shared_k, a.head_dim, store(k_sums, int(a.head_dim)));
-        block.store_row(row + 8 * i, g.v, g.shared_v, a.value_dim, store(v_sums, int(a.value_dim)));
+        block.store(k_sums, i, row + 8 * i, g.k, g.shared_k, a.head_dim);
+        block.store(v_sums, i, row + 8 * i, g.v, g.shared_v, a.value_dim);
     }
 }
 

@@ -26,17 +26,14 @@ Tensor run_bias_gradients(const Windows<float>& windows, const BlockAttention& a
                           const Tensor& q);
 void run_sum_shared(const Patches<float>& patches, Storage storage, const Tensor& to, const float* shared);
 
-// What a backward begins with, for any policy: checked arguments, and the gradient of the queries.
+// What a backward begins with, for any policy: what was given, and room for the gradient of the queries.
 struct Backward {
     AttentionGradients g = {};
     Tensor dq, delta;
 
-    Backward(const Checks& checks, const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q,
-             const Tensor& v, BlockAttention& a) {
-        BlockGradients given = {};
-        set_outputs(checks, grad, out, lse, q, v, a, given);
+    Backward(const BlockAttention& a, const BlockGradients& given, const Tensor& q)
+        : delta(torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), a.heads}, ScalarType::Float)) {
         dq = empty_gradient(q, g.q);
-        delta = torch::stable::new_empty(lse, sizes_of(lse));
         g.grad = given.out;
         g.delta = grid_of(delta);
     }

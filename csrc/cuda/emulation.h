@@ -34,10 +34,6 @@
 
 namespace vitrail::emulation {
 
-struct Dim3 {
-    unsigned x = 1, y = 1, z = 1;
-};
-
 // A stack of its own, and a way onto it and back.
 class Fiber {
     static constexpr size_t kStack = 256 << 10;
@@ -82,7 +78,6 @@ class Block {
     struct Thread {
         Fiber fiber;
         State state;
-        Dim3 index;
         std::vector<Copy> copies;
         std::deque<std::vector<Copy>> groups;
     };
@@ -92,27 +87,21 @@ class Block {
     };
 
   public:
+    // Runs the body for every thread of every block.
     template <class Body>
-    void run(Dim3 grid, int threads, int shared_bytes, const Body& body) {
-        grid_ = grid;
+    void run(unsigned blocks, int threads, int shared_bytes, const Body& body) {
         count_ = threads;
         while (int(threads_.size()) < threads) threads_.emplace_back(new Thread);
         warps_.resize((threads + 31) / 32);
         shared_.resize((shared_bytes + 63) / 64);
+        kernel_ = &body;
         body_ = [](void* block) { (*static_cast<const Body*>(static_cast<Block*>(block)->kernel_))(); };
-        kernel_ = const_cast<void*>(static_cast<const void*>(&body));
-        for (unsigned z = 0; z < grid.z; ++z)
-            for (unsigned y = 0; y < grid.y; ++y)
-                for (unsigned x = 0; x < grid.x; ++x) {
-                    index_ = {x, y, z};
-                    run_one();
-                }
+        for (index_ = 0; index_ < blocks; ++index_) run_one();
     }
 
-    Dim3 grid() const { return grid_; }
-    Dim3 index() const { return index_; }
-    Dim3 size() const { return {unsigned(count_), 1, 1}; }
-    Dim3 thread() const { return {unsigned(current_), 0, 0}; }
+    unsigned index() const { return index_; }
+    int threads() const { return count_; }
+    int thread() const { return current_; }
     void* shared() { return shared_.data(); }
 
     void barrier() {
@@ -150,7 +139,8 @@ class Block {
 
   private:
     void run_one() {
-        std::memset(static_cast<void*>(shared_.data()), 0xff, shared_.size() * sizeof(shared_[0]));
+        if (!shared_.empty())
+            std::memset(static_cast<void*>(shared_.data()), 0xff, shared_.size() * sizeof(shared_[0]));
         for (int i = 0; i < count_; ++i) {
             threads_[i]->state = State::kReady;
             threads_[i]->fiber.prepare(body_, this);
@@ -193,9 +183,8 @@ class Block {
     }
 
     [[noreturn]] void stuck() const {
-        std::fprintf(stderr,
-                     "block (%u, %u, %u): some threads of a warp wait for others that will never come\n",
-                     index_.x, index_.y, index_.z);
+        std::fprintf(stderr, "block %u: some threads of a warp wait for others that will never come\n",
+                     index_);
         std::abort();
     }
 
@@ -206,14 +195,14 @@ class Block {
         char bytes[64];
     };
 
-    Dim3 grid_, index_;
+    unsigned index_ = 0;
     int count_ = 0, current_ = 0;
     unsigned turns_ = 0;
     std::vector<std::unique_ptr<Thread>> threads_;
     std::vector<Warp> warps_;
     std::vector<Line> shared_;
     void (*body_)(void*) = nullptr;
-    void* kernel_ = nullptr;
+    const void* kernel_ = nullptr;
 };
 
 // The block that runs on this thread of the host.

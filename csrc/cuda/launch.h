@@ -30,7 +30,7 @@ class Launcher {
     void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
                     std::common_type_t<Parameters>... arguments) const {
         if (!some(blocks)) return;
-        emulation::block().run({unsigned(blocks)}, threads, shared_bytes, [&] { kernel(arguments...); });
+        emulation::block().run(unsigned(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
     }
 };
 

@@ -28,7 +28,7 @@ Tensor run_bias_gradients(const Windows<float>& windows, const BlockAttention& a
         constexpr int kTokens = TileShape<S, width>::kTokens;
         const int warps = warps_for(places), rows = warps * kWarpRows;
         const int64_t parts = (places + kTokens - 1) / kTokens * ((places + rows - 1) / rows) * a.heads;
-        const int64_t slices = std::clamp<int64_t>(kBlocks / parts, 1, all);
+        const int64_t slices = std::clamp<int64_t>(kBlocks / parts, 1, std::max<int64_t>(all, 1));
         Tensor tables = torch::stable::new_empty(q, {slices, a.heads, places, places}, ScalarType::Float);
         Launcher{q}(bias_gradients<S, width>, slices * parts, warps * kWarp,
                     QueryBlock<S, width>::shared_bytes(2, rows, 1), a, g, windows,

@@ -35,59 +35,43 @@ struct Float16 {
 
 #if defined(VITRAIL_EMULATE)
 
-struct CurrentThread {
-    struct X {
-        unsigned (*get)();
-        operator unsigned() const { return get(); }
-    } x, y, z;
+// Grids and blocks have one dimension.
+struct Number {
+    unsigned (*get)();
+    operator unsigned() const { return get(); }
 };
-inline const CurrentThread threadIdx = {{+[] { return emulation::block().thread().x; }}, {}, {}};
-inline const CurrentThread blockDim = {{+[] { return emulation::block().size().x; }}, {}, {}};
-inline const CurrentThread blockIdx = {{+[] { return emulation::block().index().x; }},
-                                       {+[] { return emulation::block().index().y; }},
-                                       {+[] { return emulation::block().index().z; }}};
-inline const CurrentThread gridDim = {{+[] { return emulation::block().grid().x; }},
-                                      {+[] { return emulation::block().grid().y; }},
-                                      {+[] { return emulation::block().grid().z; }}};
+struct Dimension {
+    Number x;
+};
+inline constexpr Dimension threadIdx = {{+[] { return unsigned(emulation::block().thread()); }}};
+inline constexpr Dimension blockDim = {{+[] { return unsigned(emulation::block().threads()); }}};
+inline constexpr Dimension blockIdx = {{+[] { return emulation::block().index(); }}};
 
 inline void __syncthreads() {
     emulation::block().barrier();
-}
-inline void __syncwarp() {
-    emulation::block().together(nullptr, [](void**) {});
 }
 
 inline void* shared_memory() {
     return emulation::block().shared();
 }
 
-// What lane `pick(lane)` brought.
-template <class T, class Pick>
-T exchanged(T mine, Pick pick) {
-    T pair[2] = {mine, mine};
-    emulation::block().together(pair, [&](void** lanes) {
-        for (int i = 0; i < kWarp; ++i)
-            if (lanes[i]) static_cast<T*>(lanes[i])[1] = *static_cast<T*>(lanes[pick(i)]);
-    });
-    return pair[1];
-}
-template <class T>
-T __shfl_xor_sync(unsigned, T x, int mask) {
-    return exchanged(x, [&](int lane) { return lane ^ mask; });
-}
 template <class T>
 T __shfl_sync(unsigned, T x, int from) {
     struct Request {
-        T x;
+        T mine, theirs;
         int from;
-    } pair[2] = {{x, from}, {}};
-    emulation::block().together(pair, [&](void** lanes) {
+    } request = {x, x, from};
+    emulation::block().together(&request, [](void** lanes) {
         for (int i = 0; i < kWarp; ++i) {
-            auto* mine = static_cast<Request*>(lanes[i]);
-            mine[1] = *static_cast<Request*>(lanes[mine->from % kWarp]);
+            auto* const to = static_cast<Request*>(lanes[i]);
+            to->theirs = static_cast<Request*>(lanes[to->from % kWarp])->mine;
         }
     });
-    return pair[1].x;
+    return request.theirs;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int bits) {
+    return __shfl_sync(mask, x, int(threadIdx.x) % kWarp ^ bits);
 }
 inline unsigned __ballot_sync(unsigned, bool x) {
     unsigned pair[2] = {x, 0};
@@ -161,9 +145,6 @@ inline uint32_t to_tf32(float x) {
 inline float exp2_fast(float x) {
     return std::exp2(x);
 }
-inline float log2_fast(float x) {
-    return std::log2(x);
-}
 
 #else
 
@@ -196,9 +177,6 @@ VITRAIL_DEVICE float exp2_fast(float x) {
     float to;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(to) : "f"(x));
     return to;
-}
-VITRAIL_DEVICE float log2_fast(float x) {
-    return log2f(x);
 }
 
 #endif
@@ -307,7 +285,7 @@ VITRAIL_DEVICE void load_tiles(const void* row, uint32_t (&to)[4]) {
 }
 
 #if defined(VITRAIL_EMULATE)
-// c += a b for 16 x K by K x 8, whose elements `a(lane, register)` hold: `kHalves` of them in a register.
+// c += a b for 16 x K by K x 8, one or two numbers in a register.
 template <class S, int K>
 void multiply_on_host(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     struct Operands {

@@ -133,4 +133,17 @@ VITRAIL_DEVICE float across_row(float x, Op op) {
     return op(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
+// What lanes hold of a row of an accumulator, row g (half = 0) or g + 8 (half = 1), over a divisor, to
+// memory.
+template <int N, class S>
+VITRAIL_DEVICE void store_row(const float (&sums)[N][4], int half, float divisor, int channels, S* to) {
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int c = 8 * j + 2 * (lane() % 4) + r;
+            if (c < channels) narrow(sums[j][2 * half + r] / divisor, to[c]);
+        }
+}
+
 }  // namespace vitrail::cuda

@@ -87,7 +87,7 @@ inline void set_outputs(const Checks& checks, const Tensor& grad, const Tensor& 
                         const Tensor& q, const Tensor& v, BlockAttention& a, BlockGradients& g) {
     const std::vector<int64_t> shape = {q.size(0), q.size(1), q.size(2), v.size(3)};
     const auto check = [&](const char* name, const Tensor& t, ScalarType type) {
-        checks.placed(name, t);
+        checks.placed(name, t, q);
         checks.dtype(name, t, type);
         checks.contiguous_channels(name, t);
     };

@@ -128,6 +128,14 @@ class Checks {
         if (num_heads < 1) fail("num_heads must be at least 1, got ", num_heads);
     }
 
+    // On the device of `q`.
+    void placed(const char* name, const Tensor& t, const Tensor& q) const {
+        placed(name, t);
+        if (t.get_device_index() != q.get_device_index())
+            fail(name, " must be on the GPU of q, number ", q.get_device_index(), ", got ",
+                 t.get_device_index());
+    }
+
     // A (B, H, W, C) grid with contiguous channels.
     void grid(const char* name, const Tensor& t) const {
         placed(name, t);
@@ -180,9 +188,7 @@ class Checks {
         if (t.scalar_type() != q.scalar_type())
             fail(name, " must have the dtype of q, ", name_of(q.scalar_type()), ", got ",
                  name_of(t.scalar_type()));
-        if (t.get_device_index() != q.get_device_index())
-            fail(name, " must be on the GPU of q, number ", q.get_device_index(), ", got ",
-                 t.get_device_index());
+        placed(name, t, q);
         if (t.size(0) != q.size(0))
             fail(name, " must have the batch size of q, ", q.size(0), ", got ", t.size(0));
         if (channels == 0 || channels % heads != 0)

@@ -54,35 +54,27 @@ struct OnCpu {
     static void attend(const RoutedAttention& a, const Tensor& q) {
         run_forward(VITRAIL_KERNELS(kRoutedAttention), a, q.size(0));
     }
-};
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> routed_attention_backward(
-    const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& routes, const Optional& weights, const Sizes& region_size,
-    const Sizes& kv_region_size, int64_t num_heads, double scale) {
-    const Checks checks("routed_attention_backward");
-    Routing routing;
-    RoutedAttention a = routed_arguments(checks, q, k, v, routes, weights, region_size, kv_region_size,
-                                         num_heads, scale, routing);
-    BlockGradients g = {};
-    set_outputs(checks, grad, out, lse, q, v, a, g);
-    const ScalarType type = q.scalar_type(), wide = compute_type(a.storage);
-    Tensor dq = empty_gradient(q, g.q), dk = zero_gradient(k, wide, g.k[0]),
-           dv = zero_gradient(v, wide, g.v[0]);
-    Tensor dweights = torch::stable::new_empty(q, {0});
-    // a sum of its own for each head
-    Tensor by_head =
-        torch::stable::new_zeros(q, {q.size(0), weights ? num_heads : 0, a.q_regions.count * a.topk}, wide);
-    if (weights) g.weights = by_head.mutable_data_ptr();
-    if (out.numel() > 0) run_gradients(VITRAIL_KERNELS(kRoutedAttention), a, g, q.size(0));
-    if (weights) dweights = summed(by_head, sizes_of(*weights));
-    return {dq, converted(dk, type), converted(dv, type), dweights};
-}
+    static RoutedGradients gradients(const RoutedAttention& a, BlockGradients& g, const Tensor& q,
+                                     const Tensor& k, const Tensor& v, const Optional& weights) {
+        const ScalarType type = q.scalar_type(), wide = compute_type(a.storage);
+        Tensor dq = empty_gradient(q, g.q), dk = zero_gradient(k, wide, g.k[0]),
+               dv = zero_gradient(v, wide, g.v[0]);
+        Tensor dweights = torch::stable::new_empty(q, {0});
+        // a sum of its own for each head
+        Tensor by_head =
+            torch::stable::new_zeros(q, {q.size(0), weights ? a.heads : 0, a.q_regions.count * a.topk}, wide);
+        if (weights) g.weights = by_head.mutable_data_ptr();
+        if (q.numel() > 0) run_gradients(VITRAIL_KERNELS(kRoutedAttention), a, g, q.size(0));
+        if (weights) dweights = summed(by_head, sizes_of(*weights));
+        return {dq, converted(dk, type), converted(dv, type), dweights};
+    }
+};
 
 }  // namespace
 }  // namespace vitrail
 
 STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
     m.impl("routed_attention", TORCH_BOX(&vitrail::routed_attention<vitrail::OnCpu>));
-    m.impl("routed_attention_backward", TORCH_BOX(&vitrail::routed_attention_backward));
+    m.impl("routed_attention_backward", TORCH_BOX(&vitrail::routed_attention_backward<vitrail::OnCpu>));
 }

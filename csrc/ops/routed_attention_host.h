@@ -1,6 +1,7 @@
-// vitrail::routed_attention on any device: checks and outputs.
+// vitrail::routed_attention and its backward on any device: checks and outputs.
 //
-// A device says how it gets routes that cannot change (`Routing`), and how it attends (`attend`).
+// A device says how it gets routes that cannot change (`Routing`), how it attends (`attend`), and where
+// gradients come from (`gradients`).
 #pragma once
 
 #include "block_host.h"
@@ -25,7 +26,7 @@ RoutedAttention routed_arguments(const Checks& checks, const Tensor& q, const Te
     if (a.k_regions.count > kMaxExtent)
         checks.fail("kv_region_size cuts k into ", a.k_regions.count, " regions; at most ", kMaxExtent,
                     " are allowed");
-    checks.placed("routes", routes);
+    checks.placed("routes", routes, q);
     if (routes.scalar_type() != ScalarType::Int && routes.scalar_type() != ScalarType::Long)
         checks.fail("routes must be int32 or int64, got ", name_of(routes.scalar_type()));
     if (routes.dim() != 3 || routes.size(0) != q.size(0) || routes.size(1) != a.q_regions.count)
@@ -33,7 +34,7 @@ RoutedAttention routed_arguments(const Checks& checks, const Tensor& q, const Te
                     ", topk), got ", shape_of(routes));
     if (weights) {
         const ScalarType compute = compute_type(a.storage);
-        checks.placed("weights", *weights);
+        checks.placed("weights", *weights, q);
         if (weights->scalar_type() != compute)
             checks.fail("weights must be ", name_of(compute), " for q of ", name_of(q.scalar_type()),
                         ", got ", name_of(weights->scalar_type()));
@@ -64,6 +65,24 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, co
     }
     Device::attend(a, q);
     return {out, lse};
+}
+
+// Gradients of q, k, v, weights; empty where there are no weights.
+using RoutedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Device>
+RoutedGradients routed_attention_backward(const Tensor& grad, const Tensor& out, const Tensor& lse,
+                                          const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const Tensor& routes, const Optional& weights,
+                                          const Sizes& region_size, const Sizes& kv_region_size,
+                                          int64_t num_heads, double scale) {
+    const Checks checks("routed_attention_backward");
+    typename Device::Routing routing;
+    RoutedAttention a = routed_arguments(checks, q, k, v, routes, weights, region_size, kv_region_size,
+                                         num_heads, scale, routing);
+    BlockGradients g = {};
+    set_outputs(checks, grad, out, lse, q, v, a, g);
+    return Device::gradients(a, g, q, k, v, weights);
 }
 
 }  // namespace vitrail

@@ -1,4 +1,5 @@
-// vitrail::semantic_attention on any device: checks and outputs. A device says how it attends.
+// vitrail::semantic_attention and its backward on any device: checks and outputs. A device says how it
+// attends, and where gradients come from.
 #pragma once
 
 #include "block_host.h"
@@ -49,6 +50,23 @@ std::tuple<Tensor, Tensor> semantic_attention(const Tensor& q, const Tensor& k, 
     auto [out, lse] = new_outputs(q, v, a);
     if (out.numel() > 0) Device::attend(a, q);
     return {out, lse};
+}
+
+// Gradients of q, k, v, own_k, own_v.
+using SemanticGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Device>
+SemanticGradients semantic_attention_backward(const Tensor& grad, const Tensor& out, const Tensor& lse,
+                                              const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const Tensor& own_k, const Tensor& own_v,
+                                              const Sizes& window_size, const Sizes& patch_size,
+                                              int64_t num_heads, double scale) {
+    const Checks checks("semantic_attention_backward");
+    SemanticAttention a =
+        semantic_arguments(checks, q, k, v, own_k, own_v, window_size, patch_size, num_heads, scale);
+    BlockGradients g = {};
+    set_outputs(checks, grad, out, lse, q, v, a, g);
+    return Device::gradients(a, g, q, k, v, own_k, own_v);
 }
 
 }  // namespace vitrail

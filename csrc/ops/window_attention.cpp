@@ -8,48 +8,42 @@ struct OnCpu {
     static void attend(const WindowAttention& a, const Tensor& q) {
         run_forward(VITRAIL_KERNELS(kWindowAttention), a, q.size(0));
     }
-};
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_backward(
-    const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Optional& bias, const Optional& pad_key, const Optional& pad_value,
-    const Sizes& window_size, const Sizes& shift, int64_t num_heads, double scale) {
-    const Checks checks("window_attention_backward");
-    std::vector<Tensor> keep;
-    WindowAttention a = window_arguments(checks, q, k, v, bias, pad_key, pad_value, window_size, shift,
-                                         num_heads, scale, keep);
-    BlockGradients g = {};
-    set_outputs(checks, grad, out, lse, q, v, a, g);
-    const ScalarType type = q.scalar_type(), wide = compute_type(a.storage);
-    const int64_t images = q.size(0), tokens = a.height * a.width;
-    Tensor dq = empty_gradient(q, g.q), dk = zero_gradient(k, wide, g.k[0]),
-           dv = zero_gradient(v, wide, g.v[0]);
-    // a sum of its own for each image
-    const auto partial = [&](const Optional& t, int64_t size) {
-        return torch::stable::new_zeros(q, {1, t ? images : 0, size}, wide);
-    };
-    Tensor dbias = partial(bias, num_heads * tokens * tokens);
-    Tensor dpad_key = partial(pad_key, k.size(3)), dpad_value = partial(pad_value, v.size(3));
-    if (bias) g.bias = dbias.mutable_data_ptr();
-    g.bias_table = tokens * tokens;
-    if (pad_key) g.k[1] = {dpad_key.mutable_data_ptr(), k.size(3), 0, 0};
-    if (pad_value) g.v[1] = {dpad_value.mutable_data_ptr(), v.size(3), 0, 0};
-    if (out.numel() > 0) run_gradients(VITRAIL_KERNELS(kWindowAttention), a, g, images);
-    const auto total = [&](const Optional& t, const Tensor& sums) {
-        return t ? converted(summed(sums, sizes_of(*t)), t->scalar_type()) : torch::stable::new_empty(q, {0});
-    };
-    return {dq,
-            converted(dk, type),
-            converted(dv, type),
-            total(bias, dbias),
-            total(pad_key, dpad_key),
-            total(pad_value, dpad_value)};
-}
+    static WindowGradients gradients(const WindowAttention& a, BlockGradients& g, const Tensor& q,
+                                     const Tensor& k, const Tensor& v, const Optional& bias,
+                                     const Optional& pad_key, const Optional& pad_value) {
+        const ScalarType type = q.scalar_type(), wide = compute_type(a.storage);
+        const int64_t images = q.size(0), tokens = a.height * a.width;
+        Tensor dq = empty_gradient(q, g.q), dk = zero_gradient(k, wide, g.k[0]),
+               dv = zero_gradient(v, wide, g.v[0]);
+        // a sum of its own for each image
+        const auto partial = [&](const Optional& t, int64_t size) {
+            return torch::stable::new_zeros(q, {1, t ? images : 0, size}, wide);
+        };
+        Tensor dbias = partial(bias, a.heads * tokens * tokens);
+        Tensor dpad_key = partial(pad_key, k.size(3)), dpad_value = partial(pad_value, v.size(3));
+        if (bias) g.bias = dbias.mutable_data_ptr();
+        g.bias_table = tokens * tokens;
+        if (pad_key) g.k[1] = {dpad_key.mutable_data_ptr(), k.size(3), 0, 0};
+        if (pad_value) g.v[1] = {dpad_value.mutable_data_ptr(), v.size(3), 0, 0};
+        if (q.numel() > 0) run_gradients(VITRAIL_KERNELS(kWindowAttention), a, g, images);
+        const auto total = [&](const Optional& t, const Tensor& sums) {
+            return t ? converted(summed(sums, sizes_of(*t)), t->scalar_type())
+                     : torch::stable::new_empty(q, {0});
+        };
+        return {dq,
+                converted(dk, type),
+                converted(dv, type),
+                total(bias, dbias),
+                total(pad_key, dpad_key),
+                total(pad_value, dpad_value)};
+    }
+};
 
 }  // namespace
 }  // namespace vitrail
 
 STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
     m.impl("window_attention", TORCH_BOX(&vitrail::window_attention<vitrail::OnCpu>));
-    m.impl("window_attention_backward", TORCH_BOX(&vitrail::window_attention_backward));
+    m.impl("window_attention_backward", TORCH_BOX(&vitrail::window_attention_backward<vitrail::OnCpu>));
 }

@@ -12,6 +12,9 @@ import pytest
 
 from vitrail.ops import library
 
+from .emulation import EMULATED
+from .test_emulated_kernels import CHOSEN, OPERATORS
+
 HERE = Path(__file__).parent
 KERNEL_TESTS = [
     *sorted(path for path in HERE.glob("test_*.py") if path.stem not in ("test_fuzz", Path(__file__).stem)),
@@ -24,9 +27,9 @@ MEMORY, THREADS = ("address", "undefined"), ("thread",)
 pytestmark = pytest.mark.slow
 
 
-def _environment(*sanitizers: str) -> dict[str, str]:
+def _environment(*sanitizers: str, part: library.Part = library.CPU) -> dict[str, str]:
     """Of a Python that loads the instrumented library; fails where that cannot be built."""
-    path = library.build(sanitize=sanitizers)
+    path = library.build(sanitize=sanitizers, part=part)
     compiler = library.find_compiler()
     runtimes = []
     for name in {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}.items():
@@ -88,6 +91,15 @@ def test_random_arguments_do_no_harm(environments, capability, sanitizers):
     run = _run(environment, str(FUZZER), "--calls", "20000", "--seed", "1")
     assert run.returncode == 0, run.stderr[-4000:]
     assert "no crash" in run.stdout
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_gpu_kernel_on_the_host_passes_its_operators_tests(operator):
+    environment = {**_environment(*MEMORY, part=EMULATED), "VITRAIL_EMULATED": "1"}
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    run = _run(environment, "-m", "pytest", *options, "-k", CHOSEN, str(HERE / f"test_{operator}.py"))
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert " passed" in run.stdout
 
 
 def test_the_address_sanitizer_is_awake(environments):

@@ -1,8 +1,9 @@
-// Indices that are checked on the way to where kernels read them, and who names which.
+// Routes of regions: checked on the way to where kernels read them, and turned around.
 #pragma once
 
 #include <cassert>
 
+#include "../addressing/routed_regions.h"
 #include "launch.h"
 #include "tiles.h"
 
@@ -26,9 +27,10 @@ __global__ void copy_indices(const __grid_constant__ Indices from, int32_t* to, 
     to[i] = int32_t(index);
 }
 
-// The lists of visitors: a block of threads has an image, a warp one block of keys after the other.
+// The slots that visit a block of keys, in order: a block of threads has an image, a warp one block of keys
+// after the other.
 __global__ void __launch_bounds__(1024)
-    list_visitors(const int32_t* routes, Place slots, Place blocks, int32_t* begins, int32_t* visitors) {
+    invert_routes(const int32_t* routes, Place slots, Place blocks, int32_t* begins, int32_t* visitors) {
     const int64_t image = blockIdx.x;
     routes += image * slots;
     begins += image * (blocks + 1);
@@ -72,6 +74,20 @@ inline Tensor checked_indices(const Tensor& from, int64_t limit) {
     Launcher{from}(copy_indices, (from.numel() + kThreads - 1) / kThreads, kThreads, 0, indices,
                    static_cast<int32_t*>(to.mutable_data_ptr()), from.numel());
     return to;
+}
+
+// Which slots visit a block of keys: where its list begins, (image, block + 1), and the lists, (image, slot).
+struct Visitors {
+    Tensor begins, slots;
+};
+
+inline Visitors list_visitors(const int32_t* routes, const RoutedRegions<float>& regions, const Tensor& q) {
+    Tensor begins = torch::stable::new_empty(q, {q.size(0), regions.key_blocks() + 1}, ScalarType::Int);
+    Tensor slots = torch::stable::new_empty(q, {q.size(0), regions.slots()}, ScalarType::Int);
+    Launcher{q}(invert_routes, q.size(0), 1024, 0, routes, regions.slots(), regions.key_blocks(),
+                static_cast<int32_t*>(begins.mutable_data_ptr()),
+                static_cast<int32_t*>(slots.mutable_data_ptr()));
+    return {begins, slots};
 }
 
 }  // namespace vitrail::cuda
