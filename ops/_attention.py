@@ -25,7 +25,7 @@ class Operands(NamedTuple):
 
 
 # Channels of a head that the tiles of the GPU kernels have room for.
-GPU_WIDEST = 128
+GPU_WIDEST = 64
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

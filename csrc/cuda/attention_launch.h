@@ -11,8 +11,7 @@ template <class Action>
 auto with_tiles(Storage storage, int64_t channels, Action action) {
     const auto with_width = [&](auto s) {
         if (channels <= 32) return action(s, std::integral_constant<int, 32>());
-        if (channels <= 64) return action(s, std::integral_constant<int, 64>());
-        return action(s, std::integral_constant<int, 128>());
+        return action(s, std::integral_constant<int, 64>());
     };
     if (storage == Storage::kBFloat16) return with_width(BFloat16());
     if (storage == Storage::kFloat16) return with_width(Float16());

@@ -22,7 +22,7 @@ inline void set_inputs(const Checks& checks, const Tensor& q, const Tensor& k, c
     a.value_dim = v.size(3) / heads;
     a.scale = scale;
 #if defined(VITRAIL_CUDA)
-    constexpr int64_t kWidest = 128;
+    constexpr int64_t kWidest = 64;
     if (a.storage == Storage::kFloat64)
         checks.fail(
             "q must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes it");

@@ -20,11 +20,14 @@ from vitrail.ops import library
 DEVICE = os.environ.get("VITRAIL_TEST_DEVICE", "cpu")
 # The library is that of the GPU kernels, thread by thread on the host (see emulation.py).
 EMULATED = "VITRAIL_EMULATED" in os.environ
+GPU_KERNELS = EMULATED or DEVICE != "cpu"
+# Channels of a head: more than a whole number of vectors; tiles on a GPU end at 64.
+WIDE = 61 if GPU_KERNELS else 70
 # Of results, relative to the values that were averaged.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # Of gradients, relative to the largest or to 1; half types round results, which gradients then start from.
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.float64: 3e-14, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-if EMULATED or DEVICE != "cpu":  # GPU kernels know no float64
+if GPU_KERNELS:  # which know no float64
     del TOLERANCE[torch.float64], GRADIENT_TOLERANCE[torch.float64]
 OTHER_CAPABILITIES = ("default", "avx2", "avx512")
 # Of properties; fewer where another instruction set, or the slow emulation, runs them once more.

@@ -21,6 +21,7 @@ from .kernels import (
     EXAMPLES,
     OTHER_CAPABILITIES,
     TOLERANCE,
+    WIDE,
     check_gradients,
     check_outputs,
     check_with,
@@ -125,8 +126,8 @@ SHAPES = {
         1, (20, 20), (20, 20), (20, 10), (10, 10), 1, 16, 16, 3
     ),
     "more keys in a region than a block holds": Case(1, (4, 4), (30, 30), (2, 2), (15, 30), 1, 16, 16, 2),
-    "values wider than keys": Case(2, (9, 7), (5, 6), (2, 3), (2, 2), 3, 5, 70, 4),
-    "keys wider than values": Case(2, (9, 7), (5, 6), (2, 3), (3, 1), 3, 67, 6, 4),
+    "values wider than keys": Case(2, (9, 7), (5, 6), (2, 3), (2, 2), 3, 5, WIDE, 4),
+    "keys wider than values": Case(2, (9, 7), (5, 6), (2, 3), (3, 1), 3, WIDE, 6, 4),
     "a different grid of keys": Case(2, (8, 8), (4, 4), (2, 2), (1, 1), 2, 16, 16, 7),
     "regions that do not divide the grid": Case(2, (13, 11), (13, 11), (4, 3), (4, 3), 2, 17, 33, 5),
     "many heads": Case(1, (6, 6), (6, 6), (3, 3), (3, 3), 16, 8, 8, 2),
