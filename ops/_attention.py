@@ -112,10 +112,8 @@ class AttentionOperator(Operator):
             **options,
         )
 
-    def __call__(self, *args: Any) -> Tensor:
-        """The result; on a GPU by the definition where that has no kernel: in float64, or with very wide heads."""
+    def fits_gpu(self, *args: Any) -> bool:
+        """Neither float64 nor heads that are wider than a tile."""
         q, v, num_heads = args[0], args[2], args[-2]
         widest = max(q.shape[-1], v.shape[-1]) // num_heads
-        if q.is_cuda and (q.dtype == torch.float64 or widest > GPU_WIDEST):
-            return self.definition(*args)
-        return super().__call__(*args)
+        return super().fits_gpu(*args) and widest <= GPU_WIDEST

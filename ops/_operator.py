@@ -136,8 +136,14 @@ class Operator:
             if self._check_values is not None and holds_values(args[0]):
                 self._check_values(*args)
             return self.definition(*args)
+        if args[0].is_cuda and not self.fits_gpu(*args):
+            return self.definition(*args)
         out = self._function.apply(*args) if in_transform() else self.op(*args)
         return out[0] if self._saved else out
+
+    def fits_gpu(self, *args: Any) -> bool:
+        """Whether the GPU kernels take these arguments; the definition runs where they do not."""
+        return args[0].dtype != torch.float64
 
     # --- kernels of last resort ---
 
