@@ -24,8 +24,9 @@ class Operands(NamedTuple):
     """Multiplied on keys and values, `(..., 1, keys)`."""
 
 
-# Channels of a head that the tiles of the GPU kernels have room for.
-GPU_WIDEST = 64
+def fits_tiles(q: Tensor, v: Tensor, num_heads: int) -> bool:
+    """Whether the tiles of the GPU kernels have room for the channels of a head."""
+    return max(q.shape[-1], v.shape[-1]) <= 64 * num_heads
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -114,6 +115,4 @@ class AttentionOperator(Operator):
 
     def fits_gpu(self, *args: Any) -> bool:
         """Neither float64 nor heads that are wider than a tile."""
-        q, v, num_heads = args[0], args[2], args[-2]
-        widest = max(q.shape[-1], v.shape[-1]) // num_heads
-        return super().fits_gpu(*args) and widest <= GPU_WIDEST
+        return super().fits_gpu(*args) and fits_tiles(args[0], args[2], args[-2])

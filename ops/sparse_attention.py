@@ -1,11 +1,11 @@
 """`sparse_attention`: every query attends to a list of keys of its own (Sparsifiner, arXiv 2303.13755, section 3.2)."""
 
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from ._attention import join_heads, split_heads
+from ._attention import fits_tiles, join_heads, split_heads
 from ._checks import check_token_attention
 from ._operator import Operator, wide_dtype
 
@@ -65,7 +65,13 @@ def _check_keys_in_range(q, k, v, keys, *_) -> None:
         )
 
 
-_operator = Operator(
+class _SparseAttention(Operator):
+    def fits_gpu(self, *args: Any) -> bool:
+        """Neither float64 nor heads that are wider than a tile."""
+        return super().fits_gpu(*args) and fits_tiles(args[0], args[2], args[4])
+
+
+_operator = _SparseAttention(
     "sparse_attention",
     "Tensor q, Tensor k, Tensor v, Tensor keys, int num_heads, float scale",
     reference,
@@ -74,7 +80,7 @@ _operator = Operator(
     outputs=("out", "lse"),
     forward=_forward,
     check_values=_check_keys_in_range,
-    compiled=("cpu",),
+    compiled=("cpu", "cuda"),
 )
 
 # --- the public function ----------------------------------------------------------------------------------------------

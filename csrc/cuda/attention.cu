@@ -14,7 +14,7 @@ void run_forward(const AnyPolicy& any, const BlockAttention& a, const Tensor& q)
         with_tiles(a.storage, std::max(a.head_dim, a.value_dim), [&](auto s, auto width) {
             using S = decltype(s);
             Launcher{q}(attend<S, width>, q.size(0) * query_blocks(policy) * a.heads, warps * kWarp,
-                        QueryBlock<S, width>::shared_bytes(1, warps * kWarpRows, keys), a, any,
+                        QueryBlock<S, width>::shared_bytes(1, warps * kWarpRows, keys, any.masks()), a, any,
                         query_blocks(policy));
         });
     });

@@ -17,26 +17,28 @@ constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 // How tokens of up to kWidth channels are cut into tiles.
 template <class S, int kWidth>
 struct TileShape {
-    static constexpr int kBytes = kWidth * int(sizeof(S));
-    static constexpr int kTokens = kBytes > 256 ? 32 : 64;  // in a tile
-    static constexpr int kStages = kBytes >= 256 ? 1 : 2;   // tiles that are there at a time
+    static constexpr int kTokens = 64;                                     // in a tile
+    static constexpr int kStages = kWidth * int(sizeof(S)) > 128 ? 1 : 2;  // tiles that are there at a time
 };
 
-// A tile of tokens in shared memory: two rows and two numbers of each.
+// A tile of tokens in shared memory: two rows and two numbers of each. And of each query, be it of the tile
+// or of a row that the tile is multiplied with, which of 64 keys it attends to: a bit each, in two words.
 template <class S, int kWidth>
 struct Tile {
     static constexpr int kTokens = TileShape<S, kWidth>::kTokens;
     static constexpr int kRowBytes = Rows<S, kWidth>::bytes(kTokens);
-    static constexpr int kSize = 2 * kRowBytes + 8 * kTokens;
+    static constexpr int kSize = 2 * kRowBytes + 16 * kTokens;
 
     VITRAIL_DEVICE explicit Tile(unsigned char* memory)
         : first{reinterpret_cast<S*>(memory)},
           second{reinterpret_cast<S*>(memory + kRowBytes)},
           number{reinterpret_cast<float*>(memory + 2 * kRowBytes),
-                 reinterpret_cast<float*>(memory + 2 * kRowBytes) + kTokens} {}
+                 reinterpret_cast<float*>(memory + 2 * kRowBytes) + kTokens},
+          kept(reinterpret_cast<uint32_t*>(memory + 2 * kRowBytes) + 2 * kTokens) {}
 
     const Rows<S, kWidth> first, second;
     float* const number[2];
+    uint32_t* const kept;
 };
 
 // Whether rows of a grid can be copied 16 bytes at a time.
@@ -114,6 +116,60 @@ struct VisitedKeys {
     VITRAIL_DEVICE Key key(Place i) const { return policy.key(key_block(i), i % size); }
 };
 
+// The words of a query: of 64 keys from `first` on those that are there, and that its mask, if any, keeps.
+VITRAIL_DEVICE void set_kept(uint32_t* to, const uint32_t* mask, Place first, Place count) {
+    for (int i = 0; i < 2; ++i) {
+        const Place left = count - first - 32 * i;
+        const uint32_t there = left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1u;
+        to[i] = mask ? mask[first / 32 + i] & there : there;
+    }
+}
+
+// How often the lists of some queries name each of 64 keys. A key that is named n times is attended to n
+// times: its tile is taken in n rounds, each with those keys that are left.
+class RepeatCounts {
+    static constexpr int kKeys = 64;
+
+  public:
+    static constexpr int bytes(int queries) { return (queries * kKeys + 1) * int(sizeof(uint32_t)); }
+
+    VITRAIL_DEVICE RepeatCounts(void* memory, int queries)
+        : highest_(static_cast<uint32_t*>(memory)), counts_(highest_ + 1), queries_(queries) {}
+
+    // find(i) is the number of a query, or -1; `first` the first of the keys. Returns the number of rounds.
+    template <class Find>
+    VITRAIL_DEVICE int fill(const KeyMasks& masks, Place image, Place head, Place first, Find find) const {
+        for (int i = int(threadIdx.x); i <= queries_ * kKeys; i += int(blockDim.x)) highest_[i] = 0;
+        __syncthreads();
+        for (int i = warp(); i < queries_; i += int(blockDim.x) / kWarp) {
+            const Place query = find(i);
+            if (query < 0) continue;
+            for (Place slot = lane(); slot < masks.list_slots(); slot += kWarp) {
+                const int64_t key = masks.listed(image, head, query, slot) - first;
+                if (key >= 0 && key < kKeys)
+                    atomicMax(highest_, atomicAdd(counts_ + i * kKeys + int(key), 1u) + 1u);
+            }
+        }
+        __syncthreads();
+        return int(*highest_);
+    }
+
+    // Keeps what is left in a round.
+    VITRAIL_DEVICE void keep(int round, uint32_t* kept) const {
+        for (int i = int(threadIdx.x); i < 2 * queries_; i += int(blockDim.x)) {
+            uint32_t bits = 0;
+            for (int key = 0; key < 32; ++key)
+                bits |= uint32_t(counts_[i * 32 + key] > uint32_t(round)) << key;
+            kept[i] = bits;
+        }
+        __syncthreads();
+    }
+
+  private:
+    uint32_t *const highest_, *const counts_;
+    const int queries_;
+};
+
 // A block of queries, of one head, and the tiles of keys that it looks at.
 template <class S, int kWidth>
 class QueryBlock {
@@ -121,8 +177,8 @@ class QueryBlock {
 
   public:
     // Bytes for `arrays` arrays of `rows` rows each, and the tiles of `keys` keys.
-    static int shared_bytes(int arrays, int rows, int64_t keys) {
-        return arrays * Rows<S, kWidth>::bytes(rows) +
+    static int shared_bytes(int arrays, int rows, int64_t keys, bool masked = false) {
+        return (masked ? RepeatCounts::bytes(rows) : 0) + arrays * Rows<S, kWidth>::bytes(rows) +
                (keys > kTokens ? kStages : 1) * Tile<S, kWidth>::kSize;
     }
 
@@ -161,7 +217,6 @@ class QueryBlock {
         return static_cast<const float*>(a_.bias) +
                any_.with([&](const auto& policy) { return policy.bias_row(head_, at.place); });
     }
-
     // Begins to load the tile that holds key `first`: keys, values, and the numbers of each key: its weight,
     // and the bits of its column in the table of biases.
     VITRAIL_DEVICE void load_keys(Place first) const {
@@ -183,10 +238,15 @@ class QueryBlock {
                                  : 0);
             }
         });
+        for (int i = int(threadIdx.x); i < rows_; i += int(blockDim.x)) {
+            const Place query = any_.masks() ? place(i) : Place(-1);
+            set_kept(to.kept + 2 * i, query < 0 ? nullptr : any_.masks()->bits(image_, head_, query), first,
+                     count_);
+        }
         commit_copies();
     }
 
-    // Calls use(first, tile) for one tile after the other, whose loading `load_keys(0)` has begun.
+    // Calls use(tile) for one tile after the other, whose loading `load_keys(0)` has begun.
     template <class Use>
     VITRAIL_DEVICE void each_tile(Use use) const {
         for (Place first = 0; first < count_; first += kTokens) {
@@ -198,8 +258,14 @@ class QueryBlock {
                 wait_for_copies<0>();
             }
             __syncthreads();
-            use(first, tile(first));
-            __syncthreads();
+            for (int round = 0, rounds = 1; round < rounds; ++round) {
+                if (round > 0) counts().keep(round, tile(first).kept);
+                use(tile(first));
+                __syncthreads();
+                if (round == 0 && repeats())
+                    rounds =
+                        counts().fill(*any_.masks(), image_, head_, first, [&](int i) { return place(i); });
+            }
             if (kStages == 1 && next < count_) load_keys(next);
         }
     }
@@ -207,8 +273,17 @@ class QueryBlock {
   private:
     VITRAIL_DEVICE static unsigned char* memory() { return static_cast<unsigned char*>(shared_memory()); }
     VITRAIL_DEVICE Tile<S, kWidth> tile(Place first) const {
-        return Tile<S, kWidth>(memory() + arrays_ * Rows<S, kWidth>::bytes(rows_) +
-                               first / kTokens % kStages * Tile<S, kWidth>::kSize);
+        return Tile<S, kWidth>(memory() + tiles() + first / kTokens % kStages * Tile<S, kWidth>::kSize);
+    }
+    VITRAIL_DEVICE int tiles() const { return arrays_ * Rows<S, kWidth>::bytes(rows_); }  // where they begin
+    VITRAIL_DEVICE bool repeats() const { return any_.masks() && any_.masks()->repeats(image_, head_); }
+    VITRAIL_DEVICE RepeatCounts counts() const {
+        return {memory() + tiles() + (count_ > kTokens ? kStages : 1) * Tile<S, kWidth>::kSize, rows_};
+    }
+    // Of the query of a row; -1 past the last.
+    VITRAIL_DEVICE Place place(int i) const {
+        Query at;
+        return find(i, at) ? at.place : Place(-1);
     }
     VITRAIL_DEVICE bool find(int i, Query& to) const {
         return any_.with([&](const auto& policy) { return find_query(policy, block_, i, to); });
@@ -223,23 +298,27 @@ class QueryBlock {
 };
 
 // Scores of a warp's rows with the keys of a tile, as powers of two: scaled, weighed, biased, and without
-// those keys that are not there.
-template <int N>
-VITRAIL_DEVICE void finish_scores(float (&scores)[N][4], float scale, int keys, const float* weights,
-                                  const float* columns, const float* const (&biases)[2]) {
+// those keys that a row does not attend to.
+template <int N, class S, int kWidth>
+VITRAIL_DEVICE void finish_scores(float (&scores)[N][4], float scale, int row, const Tile<S, kWidth>& tile,
+                                  const float* const (&biases)[2]) {
+    const int first = 2 * (lane() % 4);
+    uint32_t kept[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) kept[i / 2][i % 2] = tile.kept[2 * (row + i / 2 * 8) + i % 2] >> first;
 #pragma unroll
     for (int j = 0; j < N; ++j)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            const int key = 8 * j + 2 * (lane() % 4) + r % 2;
-            float x = scores[j][r] * scale * weights[key];
-            if (biases[r / 2]) x += biases[r / 2][bits_of(columns[key])] * kLog2E;
-            scores[j][r] = key < keys ? x : -INFINITY;
+            const int key = 8 * j + first + r % 2;
+            float x = scores[j][r] * scale * tile.number[0][key];
+            if (biases[r / 2]) x += biases[r / 2][bits_of(tile.number[1][key])] * kLog2E;
+            scores[j][r] = kept[r / 2][j / 4] >> (j % 4 * 8 + r % 2) & 1u ? x : -INFINITY;
         }
 }
 
 template <class S, int kWidth>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
     attend(const __grid_constant__ BlockAttention a, const __grid_constant__ AnyPolicy any, Place blocks) {
     constexpr int kTiles = TileShape<S, kWidth>::kTokens / 8, kOutputs = kWidth / 8;
     const QueryBlock<S, kWidth> block(a, any, blocks, 1);
@@ -249,10 +328,10 @@ __global__ void __launch_bounds__(128)
     const float* const biases[2] = {block.biases(row), block.biases(row + 8)};
     const float scale = float(a.scale) * kLog2E;
     float highest[2] = {-3.4e38f, -3.4e38f}, total[2] = {}, out[kOutputs][4] = {};
-    block.each_tile([&](Place first, const Tile<S, kWidth>& tile) {
+    block.each_tile([&](const Tile<S, kWidth>& tile) {
         float scores[kTiles][4] = {};
         rows_by_rows(block.array(0).from(warp() * kWarpRows), tile.first, scores);
-        finish_scores(scores, scale, block.keys() - first, tile.number[0], tile.number[1], biases);
+        finish_scores(scores, scale, row, tile, biases);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float top = highest[i];
@@ -284,7 +363,8 @@ __global__ void __launch_bounds__(128)
         total[i] = across_row(total[i], [](float x, float y) { return x + y; });
         S* const to = block.template row<S>(a.out, a.value_dim, row + 8 * i);
         if (!to) continue;
-        store_row(out, i, total[i], int(a.value_dim), to);
+        const bool none = any.masks() && total[i] == 0.0f;  // an empty list
+        store_row(out, i, none ? 1.0f : total[i], int(a.value_dim), to);
         if (lane() % 4 == 0)
             *block.template row<float>(a.lse, 1, row + 8 * i) = (highest[i] + log2f(total[i])) * kLn2;
     }

@@ -20,6 +20,11 @@ struct ScoreGradient {
         : attention(exp2_fast(score - lse)), of_score(attention * (product * weight - delta)) {}
 };
 
+// In units of log2. Of a query that attends to nothing it is such that no key has a share.
+VITRAIL_DEVICE float lse_of(float stored) {
+    return stored == -INFINITY ? INFINITY : stored * kLog2E;
+}
+
 template <class S, int kWidth>
 __global__ void __launch_bounds__(128)
     query_gradients(const __grid_constant__ BlockAttention a, const __grid_constant__ AttentionGradients g,
@@ -40,17 +45,17 @@ __global__ void __launch_bounds__(128)
             for (int c = lane() % 4; c < int(a.value_dim); c += 4) delta[i] += widen(out[c]) * widen(grad[c]);
         delta[i] = across_row(delta[i], [](float x, float y) { return x + y; });
         if (!out) continue;
-        lse[i] = *block.template row<const float>(a.lse, 1, row + 8 * i) * kLog2E;
+        lse[i] = lse_of(*block.template row<const float>(a.lse, 1, row + 8 * i));
         if (lane() % 4 == 0) *block.template row<float>(g.delta, 1, row + 8 * i) = delta[i];
     }
 
     const float scale = float(a.scale) * kLog2E;
     float sums[kOutputs][4] = {};
-    block.each_tile([&](Place first, const Tile<S, kWidth>& tile) {
+    block.each_tile([&](const Tile<S, kWidth>& tile) {
         float scores[kTiles][4] = {}, products[kTiles][4] = {};
         rows_by_rows(block.array(0).from(warp() * kWarpRows), tile.first, scores);
         rows_by_rows(block.array(1).from(warp() * kWarpRows), tile.second, products);
-        finish_scores(scores, scale, block.keys() - first, tile.number[0], tile.number[1], biases);
+        finish_scores(scores, scale, row, tile, biases);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
 #pragma unroll
@@ -110,8 +115,9 @@ class KeyBlock {
     static constexpr int kRows = 64;
 
     // Rows of keys and values, a tile, and four numbers of each of its queries.
-    static int shared_bytes(int rows) {
-        return 2 * Rows<S, kWidth>::bytes(rows) + Tile<S, kWidth>::kSize + 16 * kTokens;
+    static int shared_bytes(int rows, bool masked) {
+        return (masked ? RepeatCounts::bytes(kTokens) : 0) + 2 * Rows<S, kWidth>::bytes(rows) +
+               Tile<S, kWidth>::kSize + 16 * kTokens;
     }
 
     VITRAIL_DEVICE KeyBlock(const BlockAttention& a, const AttentionGradients& g, const AnyPolicy& any,
@@ -140,6 +146,10 @@ class KeyBlock {
     VITRAIL_DEVICE float delta(int i) const { return tile().number[1][i]; }
     VITRAIL_DEVICE float weight(int i) const { return numbers()[i]; }
     VITRAIL_DEVICE int64_t bias_row(int i) const { return bias_rows()[i]; }
+    // Whether it attends to the key of a row, if that is there.
+    VITRAIL_DEVICE bool attends(int i, int row) const {
+        return tile().kept[2 * i + row / 32] >> row % 32 & 1u;
+    }
     // Of the key of a row.
     VITRAIL_DEVICE bool has_key(int row) const { return first() + row < count_; }
     VITRAIL_DEVICE int bias_column(int row) const {
@@ -167,8 +177,15 @@ class KeyBlock {
             commit_copies();
             wait_for_copies<0>();
             __syncthreads();
-            use(first, tile());
-            __syncthreads();
+            for (int round = 0, rounds = 1; round < rounds; ++round) {
+                if (round > 0) counts().keep(round, tile().kept);
+                use(first, tile());
+                __syncthreads();
+                if (round == 0 && repeats())
+                    rounds = counts().fill(*any_.masks(), image_, head_, this->first(), [&](int i) {
+                        return first + i < queries_ ? first + i : Place(-1);
+                    });
+            }
         }
     }
 
@@ -214,6 +231,8 @@ class KeyBlock {
                                           Tile<S, kWidth>::kSize);
     }
     VITRAIL_DEVICE float* numbers() const { return reinterpret_cast<float*>(bias_rows() + kTokens); }
+    VITRAIL_DEVICE bool repeats() const { return any_.masks() && any_.masks()->repeats(image_, head_); }
+    VITRAIL_DEVICE RepeatCounts counts() const { return {numbers() + kTokens, kTokens}; }
 
     VITRAIL_DEVICE Place first() const { return part_ * kRows; }
     VITRAIL_DEVICE Place largest() const {
@@ -242,10 +261,13 @@ class KeyBlock {
                 const bool some = queries.find(first + i, at);
                 // a query that is not there attends to nothing
                 to.number[0][i] =
-                    some ? token<float>(a_.lse, image_, at.row, at.column)[head_] * kLog2E : INFINITY;
+                    some ? lse_of(token<float>(a_.lse, image_, at.row, at.column)[head_]) : INFINITY;
                 to.number[1][i] = some ? token<float>(g_.delta, image_, at.row, at.column)[head_] : 0.0f;
                 numbers()[i] = some ? policy.weight(image_, queries.slot((first + i) / queries.size)) : 0.0f;
                 bias_rows()[i] = some && policy.biased() ? policy.bias_row(head_, at.place) : 0;
+                set_kept(to.kept + 2 * i,
+                         some && any_.masks() ? any_.masks()->bits(image_, head_, at.place) : nullptr,
+                         this->first(), count_);
             }
         });
     }
@@ -279,7 +301,7 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 const int query = 8 * j + 2 * (lane() % 4) + r % 2;
-                const bool some = block.has_key(row + r / 2 * 8);
+                const bool some = block.attends(query, row + r / 2 * 8);
                 const float weight = block.weight(query), raw = scores[j][r];
                 float score = raw * scale * weight;
                 if (a.bias)

@@ -19,8 +19,8 @@ void run_key_gradients(const AnyPolicy& any, const BlockAttention& a, const Atte
     with_tiles(a.storage, std::max(a.head_dim, a.value_dim), [&](auto s, auto width) {
         using S = decltype(s);
         Launcher{q}(key_gradients<S, width>, q.size(0) * key_blocks * grid.parts * a.heads,
-                    grid.warps * kWarp, KeyBlock<S, width>::shared_bytes(grid.warps * kWarpRows), a, g, any,
-                    Place(key_blocks), grid.parts);
+                    grid.warps * kWarp, KeyBlock<S, width>::shared_bytes(grid.warps * kWarpRows, any.masks()),
+                    a, g, any, Place(key_blocks), grid.parts);
     });
 }
 

@@ -13,8 +13,8 @@ void run_query_gradients(const AnyPolicy& any, const BlockAttention& a, const At
         with_tiles(a.storage, std::max(a.head_dim, a.value_dim), [&](auto s, auto width) {
             using S = decltype(s);
             Launcher{q}(query_gradients<S, width>, q.size(0) * query_blocks(policy) * a.heads, warps * kWarp,
-                        QueryBlock<S, width>::shared_bytes(2, warps * kWarpRows, keys), a, g, any,
-                        query_blocks(policy));
+                        QueryBlock<S, width>::shared_bytes(2, warps * kWarpRows, keys, any.masks()), a, g,
+                        any, query_blocks(policy));
         });
     });
 }

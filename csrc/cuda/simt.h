@@ -85,6 +85,25 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);
 }
+inline void __syncwarp() {
+    __ballot_sync(0xffffffffu, true);
+}
+// Only one thread of the host runs a block.
+inline uint32_t atomicOr(uint32_t* to, uint32_t bits) {
+    const uint32_t before = *to;
+    *to |= bits;
+    return before;
+}
+inline uint32_t atomicAdd(uint32_t* to, uint32_t more) {
+    const uint32_t before = *to;
+    *to += more;
+    return before;
+}
+inline uint32_t atomicMax(uint32_t* to, uint32_t other) {
+    const uint32_t before = *to;
+    if (other > before) *to = other;
+    return before;
+}
 
 #else
 
