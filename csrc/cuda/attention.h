@@ -194,7 +194,6 @@ class QueryBlock {
           v_chunks_(in_chunks<S>(a.v[0], int(a.value_dim)) && in_chunks<S>(a.v[1], int(a.value_dim))),
           count_(any.with([&](const auto& policy) { return VisitedKeys(policy, image_, block_).count(); })) {}
 
-    VITRAIL_DEVICE Place keys() const { return count_; }
     VITRAIL_DEVICE Rows<S, kWidth> array(int i) const {
         return {reinterpret_cast<S*>(memory() + i * Rows<S, kWidth>::bytes(rows_))};
     }
