@@ -209,6 +209,15 @@ class QueryBlock {
         const Target<S, kWidth> target[] = {{array(to), int(channels), in_chunks<S>(grid, int(channels))}};
         gather(target, rows_, [&](int, int i) { return row<const S>(grid, channels, i); });
     }
+    // A warp's results, by way of an array that nothing is read from any more.
+    template <int N>
+    VITRAIL_DEVICE void store_rows(const float (&sums)[N][4], const float (&factors)[2], int by,
+                                   const Grid& grid, int64_t channels) const {
+        const int first = warp() * kWarpRows;
+        cuda::store_rows(sums, factors, array(by).from(first), int(channels),
+                         in_chunks<S>(grid, int(channels)),
+                         [&](int i) { return row<S>(grid, channels, first + i); });
+    }
     // Its row in the table of biases, or null.
     VITRAIL_DEVICE const float* biases(int i) const {
         Query at;
@@ -357,16 +366,15 @@ __global__ void __launch_bounds__(128, 3)
         weights_by_rows(scores, tile.second, out);
     });
 
+    float factors[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         total[i] = across_row(total[i], [](float x, float y) { return x + y; });
-        S* const to = block.template row<S>(a.out, a.value_dim, row + 8 * i);
-        if (!to) continue;
-        const bool none = any.masks() && total[i] == 0.0f;  // an empty list
-        store_row(out, i, none ? 1.0f : total[i], int(a.value_dim), to);
-        if (lane() % 4 == 0)
-            *block.template row<float>(a.lse, 1, row + 8 * i) = (highest[i] + log2f(total[i])) * kLn2;
+        factors[i] = any.masks() && total[i] == 0.0f ? 0.0f : 1.0f / total[i];  // a list may be empty
+        float* const lse = block.template row<float>(a.lse, 1, row + 8 * i);
+        if (lse && lane() % 4 == 0) *lse = (highest[i] + log2f(total[i])) * kLn2;
     }
+    block.store_rows(out, factors, 0, a.out, a.value_dim);
 }
 
 }  // namespace vitrail::cuda

@@ -67,11 +67,7 @@ __global__ void __launch_bounds__(128)
         weights_by_rows(scores, tile.first, sums);
     });
 
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        S* const to = block.template row<S>(g.q, a.head_dim, row + 8 * i);
-        if (to) store_row(sums, i, 1.0f, int(a.head_dim), to);
-    }
+    block.store_rows(sums, {1.0f, 1.0f}, 0, g.q, a.head_dim);
 }
 
 // The row of a query (which = 0) or of the gradient of its result (1), of a head.
@@ -189,18 +185,29 @@ class KeyBlock {
         }
     }
 
-    // The gradient of a row's key: into its tensor or, as float, among those that blocks share.
+    // A warp's gradients of keys or values: into their tensors, by way of an array that nothing is read from
+    // any more, or, as float, among those that blocks share.
     template <int N>
-    VITRAIL_DEVICE void store(const float (&sums)[N][4], int half, int row, const Grid (&grids)[2],
-                              float* shared, int64_t channels) const {
-        Key key;
-        if (!find_key(row, key)) return;
-        const int64_t at = (int64_t(image_) * blocks_ + block_) * largest() + first() + row;
-        if (grids[key.source].data)
-            store_row(sums, half, 1.0f, int(channels),
-                      token<S>(grids[key.source], image_, key.row, key.column) + head_ * channels);
-        else if (shared)
-            store_row(sums, half, 1.0f, int(channels), shared + (at * a_.heads + head_) * channels);
+    VITRAIL_DEVICE void store_rows(const float (&sums)[N][4], int by, const Grid (&grids)[2], float* shared,
+                                   int64_t channels) const {
+        const int first_row = warp() * kWarpRows;
+        const bool chunks = (!grids[0].data || in_chunks<S>(grids[0], int(channels))) &&
+                            (!grids[1].data || in_chunks<S>(grids[1], int(channels)));
+        cuda::store_rows(
+            sums, {1.0f, 1.0f}, array(by).from(first_row), int(channels), chunks, [&](int i) -> S* {
+                Key key;
+                if (!find_key(first_row + i, key) || !grids[key.source].data) return nullptr;
+                return token<S>(grids[key.source], image_, key.row, key.column) + head_ * channels;
+            });
+        if (!shared) return;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + lane() / 4 + 8 * half;
+            Key key;
+            if (!find_key(row, key) || grids[key.source].data) continue;
+            const int64_t at = (int64_t(image_) * blocks_ + block_) * largest() + first() + row;
+            store_row(sums, half, int(channels), shared + (at * a_.heads + head_) * channels);
+        }
     }
 
     // Sums of a warp: its lanes have those of queries first + 2t and first + 2t + 1, of some of its keys.
@@ -320,11 +327,8 @@ __global__ void __launch_bounds__(128)
         weights_by_rows(products, tile.first, k_sums);
     });
 
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        block.store(k_sums, i, row + 8 * i, g.k, g.shared_k, a.head_dim);
-        block.store(v_sums, i, row + 8 * i, g.v, g.shared_v, a.value_dim);
-    }
+    block.store_rows(k_sums, 0, g.k, g.shared_k, a.head_dim);
+    block.store_rows(v_sums, 1, g.v, g.shared_v, a.value_dim);
 }
 
 // Gradients of biases: a part of the table of one head, over some windows of some images, in their order.

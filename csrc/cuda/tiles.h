@@ -133,17 +133,47 @@ VITRAIL_DEVICE float across_row(float x, Op op) {
     return op(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// What lanes hold of a row of an accumulator, row g (half = 0) or g + 8 (half = 1), over a divisor, to
-// memory.
-template <int N, class S>
-VITRAIL_DEVICE void store_row(const float (&sums)[N][4], int half, float divisor, int channels, S* to) {
+// What lanes hold of a row of an accumulator, row g (half = 0) or g + 8 (half = 1), to memory.
+template <int N>
+VITRAIL_DEVICE void store_row(const float (&sums)[N][4], int half, int channels, float* to) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int c = 8 * j + 2 * (lane() % 4) + r;
-            if (c < channels) narrow(sums[j][2 * half + r] / divisor, to[c]);
+            if (c < channels) to[c] = sums[j][2 * half + r];
         }
+}
+
+struct alignas(16) Chunk {
+    uint32_t words[4];
+};
+
+// A warp's 16 rows of an accumulator, rows g and g + 8 times `factors`, to memory: through rows in shared
+// memory that only this warp uses, so that memory is written in chunks. address(row) says where a row goes,
+// null for nowhere.
+template <int N, class S, int kWidth, class Address>
+VITRAIL_DEVICE void store_rows(const float (&sums)[N][4], const float (&factors)[2], Rows<S, kWidth> rows,
+                               int channels, bool in_chunks, Address address) {
+    static_assert(8 * N == kWidth);
+    constexpr int kChunk = Rows<S, kWidth>::kChunk, kChunks = Rows<S, kWidth>::kChunks;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+            narrow(sums[j][r] * factors[r / 2], rows[lane() / 4 + r / 2 * 8][8 * j + lane() % 4 * 2 + r % 2]);
+    const auto address_of_mine = lane() < 16 ? uintptr_t(address(lane())) : 0;
+    __syncwarp();
+    for (int i = lane(); i < 16 * kChunks; i += kWarp) {
+        const int row = i / kChunks, c = i % kChunks * kChunk;
+        S* const to = reinterpret_cast<S*>(__shfl_sync(0xffffffffu, address_of_mine, row));
+        if (!to || c >= channels) continue;
+        if (in_chunks)
+            *reinterpret_cast<Chunk*>(to + c) = *reinterpret_cast<const Chunk*>(rows[row] + c);
+        else
+            for (int j = 0; j < kChunk && c + j < channels; ++j) to[c + j] = rows[row][c + j];
+    }
 }
 
 }  // namespace vitrail::cuda
