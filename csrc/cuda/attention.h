@@ -104,16 +104,11 @@ struct VisitedKeys {
     const Policy& policy;
     const Place image, region, size;  // size: of a block of keys
 
-    VITRAIL_DEVICE VisitedKeys(const Policy& policy, Place image, Place block)
-        : policy(policy),
-          image(image),
-          region(block / policy.parts()),
-          size(policy.keys_in(policy.visited(image, policy.slot(region, 0)))) {}
-
-    VITRAIL_DEVICE Place count() const { return policy.visits() * size; }
     VITRAIL_DEVICE Place slot(Place i) const { return policy.slot(region, i / size); }
     VITRAIL_DEVICE Place key_block(Place i) const { return policy.visited(image, slot(i)); }
     VITRAIL_DEVICE Key key(Place i) const { return policy.key(key_block(i), i % size); }
+    VITRAIL_DEVICE float weight(Place i) const { return policy.weight(image, slot(i)); }
+    VITRAIL_DEVICE Place bias_column(Place i) const { return policy.bias_column(key_block(i), i % size); }
 };
 
 // The words of a query: of 64 keys from `first` on those that are there, and that its mask, if any, keeps.
@@ -192,7 +187,11 @@ class QueryBlock {
           arrays_(arrays),
           k_chunks_(in_chunks<S>(a.k[0], int(a.head_dim)) && in_chunks<S>(a.k[1], int(a.head_dim))),
           v_chunks_(in_chunks<S>(a.v[0], int(a.value_dim)) && in_chunks<S>(a.v[1], int(a.value_dim))),
-          count_(any.with([&](const auto& policy) { return VisitedKeys(policy, image_, block_).count(); })) {}
+          region_(any.with([&](const auto& policy) { return block_ / policy.parts(); })),
+          key_block_size_(any.with([&](const auto& policy) {
+              return policy.keys_in(policy.visited(image_, policy.slot(region_, 0)));
+          })),
+          count_(any.with([&](const auto& policy) { return policy.visits() * key_block_size_; })) {}
 
     VITRAIL_DEVICE Rows<S, kWidth> array(int i) const {
         return {reinterpret_cast<S*>(memory() + i * Rows<S, kWidth>::bytes(rows_))};
@@ -229,23 +228,21 @@ class QueryBlock {
     // and the bits of its column in the table of biases.
     VITRAIL_DEVICE void load_keys(Place first) const {
         const Tile<S, kWidth> to = tile(first);
-        any_.with([&](const auto& policy) {
-            const VisitedKeys keys(policy, image_, block_);
-            const Target<S, kWidth> target[] = {{to.first, int(a_.head_dim), k_chunks_},
-                                                {to.second, int(a_.value_dim), v_chunks_}};
-            gather(target, kTokens, [&](int which, int i) -> const S* {
-                if (first + i >= count_) return nullptr;
-                return key_or_value<S>(a_, which, image_, head_, keys.key(first + i));
-            });
-            for (int i = int(threadIdx.x); i < kTokens; i += int(blockDim.x)) {
-                const bool some = first + i < count_;
-                to.number[0][i] = some ? policy.weight(image_, keys.slot(first + i)) : 0.0f;
-                to.number[1][i] =
-                    float_of(some && policy.biased()
-                                 ? policy.bias_column(keys.key_block(first + i), (first + i) % keys.size)
-                                 : 0);
-            }
+        const Target<S, kWidth> target[] = {{to.first, int(a_.head_dim), k_chunks_},
+                                            {to.second, int(a_.value_dim), v_chunks_}};
+        gather(target, kTokens, [&](int which, int i) -> const S* {
+            if (first + i >= count_) return nullptr;
+            const Key key = with_keys([&](const auto& keys) { return keys.key(first + i); });
+            return key_or_value<S>(a_, which, image_, head_, key);
         });
+        for (int i = int(threadIdx.x); i < kTokens; i += int(blockDim.x)) {
+            const bool some = first + i < count_;
+            to.number[0][i] =
+                some ? with_keys([&](const auto& keys) { return keys.weight(first + i); }) : 0.0f;
+            to.number[1][i] = float_of(
+                some && a_.bias ? with_keys([&](const auto& keys) { return keys.bias_column(first + i); })
+                                : 0);
+        }
         for (int i = int(threadIdx.x); i < rows_; i += int(blockDim.x)) {
             const Place query = any_.masks() ? place(i) : Place(-1);
             set_kept(to.kept + 2 * i, query < 0 ? nullptr : any_.masks()->bits(image_, head_, query), first,
@@ -288,6 +285,14 @@ class QueryBlock {
     VITRAIL_DEVICE RepeatCounts counts() const {
         return {memory() + tiles() + (count_ > kTokens ? kStages : 1) * Tile<S, kWidth>::kSize, rows_};
     }
+    // Calls action with the keys of the block.
+    template <class Action>
+    VITRAIL_DEVICE auto with_keys(Action action) const {
+        return any_.with([&](const auto& policy) {
+            return action(
+                VisitedKeys<std::decay_t<decltype(policy)>>{policy, image_, region_, key_block_size_});
+        });
+    }
     // Of the query of a row; -1 past the last.
     VITRAIL_DEVICE Place place(int i) const {
         Query at;
@@ -302,7 +307,7 @@ class QueryBlock {
     const Place head_, block_, image_;
     const int rows_, arrays_;
     const bool k_chunks_, v_chunks_;
-    const Place count_;
+    const Place region_, key_block_size_, count_;
 };
 
 // Scores of a warp's rows with the keys of a tile, as powers of two: scaled, weighed, biased, and without

@@ -81,25 +81,14 @@ VITRAIL_DEVICE const S* query_or_gradient(const BlockAttention& a, const Attenti
 template <class Policy>
 struct VisitingQueries {
     const Policy& policy;
-    const int32_t* visitors;  // null: the block is the slot
-    Place block, size, visits;
-
-    VITRAIL_DEVICE VisitingQueries(const Policy& policy, const AttentionGradients& g, Place image,
-                                   Place block)
-        : policy(policy), visitors(nullptr), block(block), size(0), visits(1) {
-        if (g.visitors) {
-            const int32_t* const begin = g.begins + int64_t(image) * (policy.key_blocks() + 1) + block;
-            visitors = g.visitors + int64_t(image) * policy.slots() + begin[0];
-            visits = begin[1] - begin[0];
-        }
-        if (visits > 0) size = policy.query_region(policy.visitor(slot(0))).size();
-    }
+    const int32_t* visitors;   // null: the block is the slot
+    Place block, size, count;  // size: of a region of queries
 
     VITRAIL_DEVICE Place slot(Place visit) const { return visitors ? visitors[visit] : block; }
-    VITRAIL_DEVICE Place count() const { return visits * size; }
     VITRAIL_DEVICE bool find(Place i, Query& to) const {
-        return i < count() && find_in_region(policy, policy.visitor(slot(i / size)), i % size, to);
+        return i < count && find_in_region(policy, policy.visitor(slot(i / size)), i % size, to);
     }
+    VITRAIL_DEVICE float weight(Place image, Place i) const { return policy.weight(image, slot(i / size)); }
 };
 
 // A part of a block of keys, of one head, and the tiles of queries that look at it.
@@ -129,8 +118,14 @@ class KeyBlock {
           parts_(parts),
           rows_(int(blockDim.x) / kWarp * kWarpRows),
           count_(any.with([&](const auto& policy) { return policy.keys_in(block_); })),
-          queries_(any.with(
-              [&](const auto& policy) { return VisitingQueries(policy, g, image_, block_).count(); })) {}
+          slots_(any.with([](const auto& policy) { return policy.slots(); })),
+          begin_(g.visitors ? visits()[0] : 0),
+          visits_(g.visitors ? visits()[1] - begin_ : 1),
+          region_size_(visits_ > 0 ? any.with([&](const auto& policy) {
+              return policy.query_region(policy.visitor(visitors() ? *visitors() : block_)).size();
+          })
+                                   : 0),
+          queries_(visits_ * region_size_) {}
 
     VITRAIL_DEVICE Place queries() const { return queries_; }
     VITRAIL_DEVICE Rows<S, kWidth> array(int i) const {
@@ -150,7 +145,7 @@ class KeyBlock {
     VITRAIL_DEVICE bool has_key(int row) const { return first() + row < count_; }
     VITRAIL_DEVICE int bias_column(int row) const {
         return any_.with([&](const auto& policy) {
-            return policy.biased() && has_key(row) ? int(policy.bias_column(block_, first() + row)) : 0;
+            return a_.bias && has_key(row) ? int(policy.bias_column(block_, first() + row)) : 0;
         });
     }
 
@@ -218,13 +213,11 @@ class KeyBlock {
             for (int mask = 4; mask < kWarp; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
             const Place query = first + 2 * (lane() % 4) + r;
             if (lane() >= 4 || query >= queries_) continue;
-            any_.with([&](const auto& policy) {
-                const VisitingQueries queries(policy, g_, image_, block_);
-                const int64_t warps = int64_t(blockDim.x) / kWarp, at = part_ * warps + warp();
-                const int64_t table = (int64_t(image_) * a_.heads + head_) * parts_ * warps + at;
-                const int64_t slot = table * policy.slots() + queries.slot(query / queries.size);
-                g_.weights[slot * queries.size + query % queries.size] = sum;
-            });
+            const int64_t warps = int64_t(blockDim.x) / kWarp, at = part_ * warps + warp();
+            const int64_t table = (int64_t(image_) * a_.heads + head_) * parts_ * warps + at;
+            const Place visit = query / region_size_;
+            const int64_t slot = table * slots_ + (visitors() ? visitors()[visit] : block_);
+            g_.weights[slot * region_size_ + query % region_size_] = sum;
         }
     }
 
@@ -245,6 +238,24 @@ class KeyBlock {
     VITRAIL_DEVICE Place largest() const {
         return any_.with([](const auto& policy) { return policy.largest_key_block(); });
     }
+    // Where the lists of the visitors of its block begin and end; the list; null where the block is the slot.
+    VITRAIL_DEVICE const int32_t* visits() const {
+        return g_.begins + int64_t(image_) * (blocks_ + 1) + block_;
+    }
+    VITRAIL_DEVICE const int32_t* visitors() const {
+        return g_.visitors ? g_.visitors + int64_t(image_) * slots_ + begin_ : nullptr;
+    }
+    // Calls action with the queries that look at the block.
+    template <class Action>
+    VITRAIL_DEVICE auto with_queries(Action action) const {
+        return any_.with([&](const auto& policy) {
+            return action(VisitingQueries<std::decay_t<decltype(policy)>>{policy, visitors(), block_,
+                                                                          region_size_, queries_});
+        });
+    }
+    VITRAIL_DEVICE bool find_query(Place i, Query& to) const {
+        return with_queries([&](const auto& queries) { return queries.find(i, to); });
+    }
     VITRAIL_DEVICE bool find_key(int row, Key& to) const {
         if (row >= kRows || !has_key(row)) return false;
         to = any_.with([&](const auto& policy) { return policy.key(block_, first() + row); });
@@ -253,30 +264,32 @@ class KeyBlock {
 
     VITRAIL_DEVICE void load_queries(Place first) const {
         const Tile<S, kWidth> to = tile();
-        any_.with([&](const auto& policy) {
-            const VisitingQueries queries(policy, g_, image_, block_);
-            const int k = int(a_.head_dim), v = int(a_.value_dim);
-            const Target<S, kWidth> target[] = {{to.first, k, in_chunks<S>(a_.q, k)},
-                                                {to.second, v, in_chunks<S>(g_.grad, v)}};
-            gather(target, kTokens, [&](int which, int i) -> const S* {
-                Query at;
-                if (!queries.find(first + i, at)) return nullptr;
-                return query_or_gradient<S>(a_, g_, which, image_, head_, at.row, at.column);
-            });
-            for (int i = int(threadIdx.x); i < kTokens; i += int(blockDim.x)) {
-                Query at;
-                const bool some = queries.find(first + i, at);
-                // a query that is not there attends to nothing
-                to.number[0][i] =
-                    some ? lse_of(token<float>(a_.lse, image_, at.row, at.column)[head_]) : INFINITY;
-                to.number[1][i] = some ? token<float>(g_.delta, image_, at.row, at.column)[head_] : 0.0f;
-                numbers()[i] = some ? policy.weight(image_, queries.slot((first + i) / queries.size)) : 0.0f;
-                bias_rows()[i] = some && policy.biased() ? policy.bias_row(head_, at.place) : 0;
-                set_kept(to.kept + 2 * i,
-                         some && any_.masks() ? any_.masks()->bits(image_, head_, at.place) : nullptr,
-                         this->first(), count_);
-            }
+        const int k = int(a_.head_dim), v = int(a_.value_dim);
+        const Target<S, kWidth> target[] = {{to.first, k, in_chunks<S>(a_.q, k)},
+                                            {to.second, v, in_chunks<S>(g_.grad, v)}};
+        gather(target, kTokens, [&](int which, int i) -> const S* {
+            Query at;
+            if (!find_query(first + i, at)) return nullptr;
+            return query_or_gradient<S>(a_, g_, which, image_, head_, at.row, at.column);
         });
+        for (int i = int(threadIdx.x); i < kTokens; i += int(blockDim.x)) {
+            Query at;
+            const bool some = find_query(first + i, at);
+            // a query that is not there attends to nothing
+            to.number[0][i] =
+                some ? lse_of(token<float>(a_.lse, image_, at.row, at.column)[head_]) : INFINITY;
+            to.number[1][i] = some ? token<float>(g_.delta, image_, at.row, at.column)[head_] : 0.0f;
+            numbers()[i] =
+                some ? with_queries([&](const auto& queries) { return queries.weight(image_, first + i); })
+                     : 0.0f;
+            bias_rows()[i] =
+                some && a_.bias
+                    ? any_.with([&](const auto& policy) { return policy.bias_row(head_, at.place); })
+                    : 0;
+            set_kept(to.kept + 2 * i,
+                     some && any_.masks() ? any_.masks()->bits(image_, head_, at.place) : nullptr,
+                     this->first(), count_);
+        }
     }
 
     const BlockAttention& a_;
@@ -284,7 +297,7 @@ class KeyBlock {
     const AnyPolicy& any_;
     const Place blocks_, head_, part_, block_, image_, parts_;
     const int rows_;
-    const Place count_, queries_;
+    const Place count_, slots_, begin_, visits_, region_size_, queries_;
 };
 
 template <class S, int kWidth>
