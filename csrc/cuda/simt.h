@@ -85,6 +85,9 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);
 }
+inline void __syncwarp() {
+    __ballot_sync(0xffffffffu, true);
+}
 
 #else
 

@@ -21,15 +21,7 @@ inline void set_inputs(const Checks& checks, const Tensor& q, const Tensor& k, c
     a.head_dim = q.size(3) / heads;
     a.value_dim = v.size(3) / heads;
     a.scale = scale;
-#if defined(VITRAIL_CUDA)
-    constexpr int64_t kWidest = 64;
-    if (a.storage == Storage::kFloat64)
-        checks.fail(
-            "q must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes it");
-    if (a.head_dim > kWidest || a.value_dim > kWidest)
-        checks.fail("q and v must have at most ", kWidest, " channels for each head on a GPU, got ",
-                    a.head_dim, " and ", a.value_dim, "; VITRAIL_OPS=reference takes more");
-#endif
+    checks.fits_device(a.storage, a.head_dim, a.value_dim);
     a.q = grid_of(q);
     a.k[0] = grid_of(k);
     a.v[0] = grid_of(v);

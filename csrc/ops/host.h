@@ -128,6 +128,21 @@ class Checks {
         if (num_heads < 1) fail("num_heads must be at least 1, got ", num_heads);
     }
 
+    // What the kernels of attention take on this device.
+    void fits_device([[maybe_unused]] Storage storage, [[maybe_unused]] int64_t head_dim,
+                     [[maybe_unused]] int64_t value_dim) const {
+#if defined(VITRAIL_CUDA)
+        constexpr int64_t kWidest = 64;
+        if (storage == Storage::kFloat64)
+            fail(
+                "q must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes "
+                "it");
+        if (head_dim > kWidest || value_dim > kWidest)
+            fail("q and v must have at most ", kWidest, " channels for each head on a GPU, got ", head_dim,
+                 " and ", value_dim, "; VITRAIL_OPS=reference takes more");
+#endif
+    }
+
     // On the device of `q`.
     void placed(const char* name, const Tensor& t, const Tensor& q) const {
         placed(name, t);
