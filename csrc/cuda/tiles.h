@@ -34,10 +34,10 @@ VITRAIL_DEVICE void copy(const S* from, S* to) {
 }
 
 VITRAIL_DEVICE int lane() {
-    return int(threadIdx.x) % kWarp;
+    return int(unsigned(threadIdx.x) % kWarp);
 }
 VITRAIL_DEVICE int warp() {
-    return int(threadIdx.x) / kWarp;
+    return int(unsigned(threadIdx.x) / kWarp);
 }
 
 // A number as the sum of two that TF32 holds.

@@ -25,39 +25,42 @@ class Steps {
           chunk_(tokens_of_chunk(tokens_, a.head_dim)),
           chunks_((tokens_ + chunk_ - 1) / chunk_) {}
 
-    using Pairs = std::initializer_list<std::pair<const Grid*, const Grid*>>;
+    using Pairs = std::initializer_list<std::pair<Grid, Grid>>;
 
-    // The sum over tokens of x[i] * y[j], for each pair (x, y).
-    void sum(const Pairs& pairs) {
-        sums_ = squares(int64_t(pairs.size()) * chunks_);
+    // Sums over tokens of x[i] * y[j], for each pair (x, y).
+    Tensor sum(const Pairs& pairs) const {
         const cuda::TokenMaps maps = maps_of(pairs);
+        Tensor sums = squares(maps.pairs * chunks_);
         cuda::with_tiles(a_.storage, a_.head_dim, [&](auto s, auto width) {
             using Shape = cuda::SumShape<decltype(s), width>;
             cuda::Launcher{q_}(cuda::sum_products<decltype(s), width>, blocks(maps), Shape::kThreads,
-                               Shape::kBytes, maps, static_cast<float*>(sums_->mutable_data_ptr()));
+                               Shape::kBytes, maps, static_cast<float*>(sums.mutable_data_ptr()));
         });
+        return sums;
     }
 
-    void weigh(void (*kernel)(cuda::ChannelScores), int64_t matrices) {
+    // So many matrices for each head.
+    Tensor weigh(void (*kernel)(cuda::ChannelScores), const Tensor& sums, int64_t count) const {
         constexpr int kWarps = cuda::QueryChannel::kWarps;
-        matrices_ = squares(matrices);
-        const cuda::ChannelScores scores = {static_cast<const float*>(sums_->const_data_ptr()),
-                                            static_cast<float*>(matrices_->mutable_data_ptr()),
+        Tensor matrices = squares(count);
+        const cuda::ChannelScores scores = {static_cast<const float*>(sums.const_data_ptr()),
+                                            static_cast<float*>(matrices.mutable_data_ptr()),
                                             static_cast<float*>(a_.lse),
                                             cuda::Place(chunks_),
                                             cuda::Place(a_.head_dim),
                                             a_.images * a_.heads * a_.head_dim,
                                             float(a_.scale)};
         cuda::Launcher{q_}(kernel, (scores.rows + kWarps - 1) / kWarps, kWarps * cuda::kWarp, 0, scores);
+        return matrices;
     }
 
-    // y = x times the transpose of the matrix, for each pair (x, y).
-    void multiply(const Pairs& pairs) {
+    // y = x times the transpose of its matrix, for each pair (x, y).
+    void multiply(const Tensor& matrices, const Pairs& pairs) const {
         const cuda::TokenMaps maps = maps_of(pairs);
         cuda::with_tiles(a_.storage, a_.head_dim, [&](auto s, auto width) {
             using Shape = cuda::ProductShape<decltype(s), width>;
             cuda::Launcher{q_}(cuda::multiply_tokens<decltype(s), width>, blocks(maps), Shape::kThreads,
-                               Shape::kBytes, maps, static_cast<const float*>(matrices_->const_data_ptr()));
+                               Shape::kBytes, maps, static_cast<const float*>(matrices.const_data_ptr()));
         });
     }
 
@@ -71,8 +74,8 @@ class Steps {
     cuda::TokenMaps maps_of(const Pairs& pairs) const {
         cuda::TokenMaps maps = {};
         for (const auto& [x, y] : pairs) {
-            maps.x[maps.pairs] = *x;
-            maps.y[maps.pairs++] = *y;
+            maps.x[maps.pairs] = x;
+            maps.y[maps.pairs++] = y;
         }
         maps.heads = cuda::Place(a_.heads);
         maps.channels = cuda::Place(a_.head_dim);
@@ -88,22 +91,21 @@ class Steps {
     const ChannelAttention& a_;
     const Tensor& q_;
     const int64_t tokens_, chunk_, chunks_;
-    Optional sums_, matrices_;
 };
 
 struct OnGpu {
     static void attend(const ChannelAttention& a, const Tensor& q) {
-        Steps steps(a, q);
-        steps.sum({{&a.q, &a.k}});
-        steps.weigh(cuda::soften_scores, 1);
-        steps.multiply({{&a.v, &a.out}});
+        const Steps steps(a, q);
+        const Tensor sums = steps.sum({{a.q, a.k}});
+        const Tensor weights = steps.weigh(cuda::soften_scores, sums, 1);
+        steps.multiply(weights, {{a.v, a.out}});
     }
 
     static void differentiate(const ChannelAttention& a, const Tensor& q) {
-        Steps steps(a, q);
-        steps.sum({{&a.q, &a.k}, {&a.grad, &a.v}});
-        steps.weigh(cuda::differentiate_scores, 3);
-        steps.multiply({{&a.k, &a.grad_q}, {&a.grad, &a.grad_v}, {&a.q, &a.grad_k}});
+        const Steps steps(a, q);
+        const Tensor sums = steps.sum({{a.q, a.k}, {a.grad, a.v}});
+        const Tensor matrices = steps.weigh(cuda::differentiate_scores, sums, 3);
+        steps.multiply(matrices, {{a.k, a.grad_q}, {a.grad, a.grad_v}, {a.q, a.grad_k}});
     }
 };
 
