@@ -56,7 +56,6 @@ struct TokenPart {
 // Begins to load the first tiles of so many; load(i) copies tile i to where tile i - kStages was.
 template <int kStages, class Load>
 VITRAIL_DEVICE void begin_tiles(Place tiles, Load load) {
-#pragma unroll 1
     for (Place i = 0; i < kStages - 1; ++i) {
         if (i < tiles) load(i);
         commit_copies();
@@ -287,13 +286,15 @@ VITRAIL_DEVICE void narrow_rows(const float (&products)[M][kWidth / 8][4], Rows<
             }
 }
 
-// Rows in shared memory to memory, `step` numbers apart, by one warp.
+// Up to 32 rows in shared memory to memory, `step` numbers apart, by one warp.
 template <class S, int kWidth>
 VITRAIL_DEVICE void store_rows(Rows<S, kWidth> rows, int count, int channels, bool in_chunks, S* to,
                                int64_t step) {
     constexpr int kChunk = Rows<S, kWidth>::kChunk, kChunks = Rows<S, kWidth>::kChunks;
-    for (int i = lane(); i < count * kChunks; i += kWarp) {
-        const int row = i / kChunks, c = i % kChunks * kChunk;
+#pragma unroll 2
+    for (int i = 0; i < kChunks; ++i) {
+        const int place = i * kWarp + lane(), row = place / kChunks, c = place % kChunks * kChunk;
+        if (row >= count) continue;
         const S* const from = rows[row] + c;
         S* const at = to + row * step + c;
         if (in_chunks && c < channels)
