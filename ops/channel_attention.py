@@ -43,7 +43,7 @@ _operator = AttentionOperator(
     _address,
     _collect,
     _shapes,
-    compiled=("cpu",),
+    compiled=("cpu", "cuda"),
 )
 reference = _operator.definition
 

@@ -83,8 +83,8 @@ VITRAIL_DEVICE void gather(const Target<S, kWidth> (&to)[kArrays], int rows, Add
         const auto address_of_mine = mine < rows ? uintptr_t(address(lane() / kGroup, mine)) : 0;
 #pragma unroll
         for (int which = 0; which < kArrays; ++which)
-            for (int i = lane(); i < kGroup * kChunks; i += kWarp) {
-                const int row = i / kChunks, c = i % kChunks * kChunk;
+            for (int i = 0; i < kGroup * kChunks / kWarp; ++i) {
+                const int place = i * kWarp + lane(), row = place / kChunks, c = place % kChunks * kChunk;
                 const auto* const from = reinterpret_cast<const S*>(
                     __shfl_sync(0xffffffffu, address_of_mine, which * kGroup + row));
                 if (first + row >= rows) continue;

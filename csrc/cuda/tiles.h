@@ -24,11 +24,20 @@ struct Rows {
     S* data;
 };
 
+// N numbers at once, which begin at a multiple of their size.
+template <int N, class S>
+VITRAIL_DEVICE void copy(const S* from, S* to) {
+    struct alignas(N * sizeof(S)) All {
+        S numbers[N];
+    };
+    *reinterpret_cast<All*>(to) = *reinterpret_cast<const All*>(from);
+}
+
 VITRAIL_DEVICE int lane() {
-    return int(threadIdx.x) % kWarp;
+    return int(unsigned(threadIdx.x) % kWarp);
 }
 VITRAIL_DEVICE int warp() {
-    return int(threadIdx.x) / kWarp;
+    return int(unsigned(threadIdx.x) / kWarp);
 }
 
 // A number as the sum of two that TF32 holds.
@@ -124,6 +133,53 @@ VITRAIL_DEVICE void weights_by_rows(const float (&weights)[N][4], Rows<S, kWidth
             }
         }
     }
+}
+
+// sums[j] += columns (16 of them, from `first` on) of x, transposed, times columns 8j to 8j + 7 of y: sums of
+// products over kDepth rows of both.
+template <int kDepth, class S, int kWidth>
+VITRAIL_DEVICE void columns_by_columns(Rows<S, kWidth> x, int first, Rows<S, kWidth> y,
+                                       float (&sums)[kWidth / 8][4]) {
+    if constexpr (sizeof(S) == 2) {
+        static_assert(kDepth % 16 == 0 && kWidth % 16 == 0);
+        const int i = lane() / 8, row = lane() % 8;
+        const S* const a_row = x[i / 2 * 8 + row] + first + i % 2 * 8;
+        const S* const b_row = y[i % 2 * 8 + row] + i / 2 * 8;
+#pragma unroll
+        for (int k = 0; k < kDepth; k += 16) {
+            uint32_t a[4];
+            load_tiles<true>(a_row + k * x.kPitch, a);
+#pragma unroll
+            for (int j = 0; j < kWidth / 8; j += 2) {
+                uint32_t b[4];
+                load_tiles<true>(b_row + k * y.kPitch + j * 8, b);
+                multiply<S>(sums[j], a, {b[0], b[1]});
+                multiply<S>(sums[j + 1], a, {b[2], b[3]});
+            }
+        }
+    } else {
+        // As in `weights_by_rows`, places t and t + 4 of a step are rows 2t and 2t + 1.
+        const int g = lane() / 4, t = lane() % 4;
+#pragma unroll 2
+        for (int k = 0; k < kDepth; k += 8) {
+            const S *const x_0 = x[k + 2 * t] + first + g, *const x_1 = x_0 + x.kPitch;
+            const S *const y_0 = y[k + 2 * t] + g, *const y_1 = y_0 + y.kPitch;
+            const Split a[4] = {Split(x_0[0]), Split(x_0[8]), Split(x_1[0]), Split(x_1[8])};
+#pragma unroll
+            for (int j = 0; j < kWidth / 8; ++j) {
+                const Split b[2] = {Split(y_0[8 * j]), Split(y_1[8 * j])};
+                multiply_split(sums[j], a, b);
+            }
+        }
+    }
+}
+
+// Of all lanes of a warp.
+template <class Op>
+VITRAIL_DEVICE float across_warp(float x, Op op) {
+#pragma unroll
+    for (int bits = 1; bits < kWarp; bits *= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, bits));
+    return x;
 }
 
 // Of the four lanes that share a row of an accumulator.

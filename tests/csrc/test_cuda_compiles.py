@@ -17,7 +17,13 @@ from vitrail.ops import library
 
 # Bytes of registers that a kernel may keep in memory instead.
 SPILLED = 128
-OPERATORS = ("routed_attention", "window_attention", "semantic_attention", "sparse_attention")
+OPERATORS = (
+    "routed_attention",
+    "window_attention",
+    "semantic_attention",
+    "sparse_attention",
+    "channel_attention",
+)
 
 
 @pytest.fixture(
