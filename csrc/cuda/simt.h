@@ -7,6 +7,7 @@
 #pragma once
 
 #if defined(VITRAIL_EMULATE)
+#include <algorithm>
 #include <cmath>
 
 #include "emulation.h"
@@ -82,6 +83,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     });
     return pair[1];
 }
+using std::min;
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);
 }
@@ -211,12 +213,14 @@ VITRAIL_DEVICE uint32_t pair_of<Float16>(float low, float high) {
 }
 #endif
 
-// --- copies from global to shared memory, 16 bytes each ---
+// --- copies from global to shared memory, of 16, 8 or 4 bytes each, and so aligned ---
 
 #if defined(VITRAIL_EMULATE)
 
-inline void copy_async(void* to, const void* from) {
-    emulation::block().copy_later({to, from, 16});
+template <int kBytes = 16>
+void copy_async(void* to, const void* from) {
+    if ((uintptr_t(to) | uintptr_t(from)) % kBytes) std::abort();
+    emulation::block().copy_later({to, from, kBytes});
 }
 inline void commit_copies() {
     emulation::block().commit_copies();
@@ -231,8 +235,15 @@ void wait_for_copies() {
 VITRAIL_DEVICE uint32_t shared_address(const void* p) {
     return uint32_t(__cvta_generic_to_shared(p));
 }
+template <int kBytes = 16>
 VITRAIL_DEVICE void copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    if constexpr (kBytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+                     "n"(kBytes)
+                     : "memory");
 }
 VITRAIL_DEVICE void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");

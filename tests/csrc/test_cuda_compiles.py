@@ -17,7 +17,7 @@ from vitrail.ops import library
 
 # Bytes of registers that a kernel may keep in memory instead.
 SPILLED = 128
-OPERATORS = ("routed_attention", "window_attention", "semantic_attention")
+OPERATORS = ("routed_attention", "window_attention", "semantic_attention", "strip_mix")
 
 
 @pytest.fixture(

@@ -1,8 +1,4 @@
-"""The compiled kernels of `strip_mix`: against a float64 definition, and on wrong arguments.
-
-The operators are called directly, past the checks and the autograd of the public function: what is tested is what the
-library does when nothing protects it.
-"""
+"""The compiled kernels of `strip_mix`: against a float64 definition, and on wrong arguments."""
 
 from dataclasses import dataclass, replace
 
@@ -13,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from .kernels import EXAMPLES, GPU_KERNELS, operator
+
 # Of single elements, relative to the sum of the magnitudes that were added.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 2e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+if GPU_KERNELS:  # which know no float64
+    del TOLERANCE[torch.float64]
+
+fused, backward = operator("strip_mix"), operator("strip_mix_backward")
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,6 @@ class Case:
         x = normal(self.batch, *size, 2 * self.groups * self.patches).chunk(2, -1)[1]
         weight = normal(3, self.length, self.length, self.groups)
         return [x, weight, normal(self.length, self.groups) if self.biased else None, self.axis]
-
-
-def fused(*arguments) -> Tensor:
-    return torch.ops.vitrail.strip_mix(*arguments)
-
-
-def backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.vitrail.strip_mix_backward(*arguments)
 
 
 def definition(x, weight, bias, axis) -> Tensor:
@@ -133,7 +127,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(cases, st.integers(0, 99))
 def test_matches_the_definition_for_any_sizes(case, seed):
     assert_matches(case, case.arguments(seed))
