@@ -15,9 +15,7 @@ struct alignas(16) Chunk {
 
 template <class S>
 constexpr int kChunkGroups = 16 / int(sizeof(S));
-// The depth of one product.
-template <class S>
-constexpr int kStep = 32 / int(sizeof(S));
+constexpr int kStep = 8;  // the depth of one product
 
 // Begins to copy the first bytes of a chunk, in pieces: as many bytes as all addresses are multiples of.
 template <class S>
@@ -72,43 +70,47 @@ VITRAIL_DEVICE Chunk chunk_of(const float (&x)[kChunkGroups<S>]) {
     return to;
 }
 
-// An operand for each group: 8 kHalves rows (or columns) by kStep. at(half, k) is the chunk of this lane's
-// row, g (half = 0) or g + 8 (half = 1), at place k of the depth. The depth may be taken in any order: for
-// float, places t and t + 4 of a step are 2t and 2t + 1, so that lanes read from different banks.
-template <class S, int kHalves, class At>
-VITRAIL_DEVICE void load_operands(At at, uint32_t (&to)[kChunkGroups<S>][2 * kHalves]) {
-    const int t = lane() % 4;
+// Of one operand, 8 kHalves rows (or columns) by kStep: this lane's registers for each group. at(half, k) is
+// the chunk of its row, g (half = 0) or g + 8 (half = 1), at place k of the depth. The depth may be taken in
+// any order: for float, places t and t + 4 are 2t and 2t + 1, so that lanes read from different banks.
+template <class S, int kHalves>
+struct Operands {
+    static constexpr int kRegisters = kHalves * int(sizeof(S)) / 2;
+
+    template <class At>
+    VITRAIL_DEVICE explicit Operands(At at) {
+        const int t = lane() % 4;
 #pragma unroll
-    for (int r = 0; r < 2 * kHalves; ++r) {
-        const int half = r % kHalves, part = r / kHalves;
-        if constexpr (sizeof(S) == 2) {
-            const Chunk low = at(half, 8 * part + 2 * t), high = at(half, 8 * part + 2 * t + 1);
+        for (int half = 0; half < kHalves; ++half) {
+            const Chunk first = at(half, 2 * t), second = at(half, 2 * t + 1);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                to[2 * i][r] = (low.words[i] & 0xffffu) | high.words[i] << 16;
-                to[2 * i + 1][r] = low.words[i] >> 16 | (high.words[i] & 0xffff0000u);
+                if constexpr (sizeof(S) == 2) {
+                    of[2 * i][half] = __byte_perm(first.words[i], second.words[i], 0x5410);
+                    of[2 * i + 1][half] = __byte_perm(first.words[i], second.words[i], 0x7632);
+                } else {
+                    of[i][half] = first.words[i];
+                    of[i][kHalves + half] = second.words[i];
+                }
             }
-        } else {
-            const Chunk chunk = at(half, 2 * t + part);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) to[i][r] = chunk.words[i];
         }
     }
-}
+
+    uint32_t of[kChunkGroups<S>][kRegisters];
+};
 
 // sums += a b, group by group.
 template <class S>
-VITRAIL_DEVICE void multiply_groups(float (&sums)[kChunkGroups<S>][4],
-                                    const uint32_t (&a)[kChunkGroups<S>][4],
-                                    const uint32_t (&b)[kChunkGroups<S>][2]) {
+VITRAIL_DEVICE void multiply_groups(float (&sums)[kChunkGroups<S>][4], const Operands<S, 2>& a,
+                                    const Operands<S, 1>& b) {
 #pragma unroll
     for (int i = 0; i < kChunkGroups<S>; ++i) {
         if constexpr (sizeof(S) == 2) {
-            multiply<S>(sums[i], a[i], b[i]);
+            multiply<S>(sums[i], a.of[i], b.of[i]);
         } else {
-            const Split left[4] = {Split(float_of(a[i][0])), Split(float_of(a[i][1])),
-                                   Split(float_of(a[i][2])), Split(float_of(a[i][3]))};
-            const Split right[2] = {Split(float_of(b[i][0])), Split(float_of(b[i][1]))};
+            const Split left[4] = {Split(float_of(a.of[i][0])), Split(float_of(a.of[i][1])),
+                                   Split(float_of(a.of[i][2])), Split(float_of(a.of[i][3]))};
+            const Split right[2] = {Split(float_of(b.of[i][0])), Split(float_of(b.of[i][1]))};
             multiply_split(sums[i], left, right);
         }
     }

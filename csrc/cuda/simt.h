@@ -15,6 +15,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 #endif
 
 namespace vitrail::cuda {
@@ -86,6 +87,13 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 using std::min;
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);
+}
+// Four of the eight bytes of x (0 to 3) and y (4 to 7), the lowest first.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t which) {
+    const uint64_t bytes = x | uint64_t(y) << 32;
+    uint32_t to = 0;
+    for (int i = 0; i < 4; ++i) to |= uint32_t(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return to;
 }
 
 #else
@@ -356,5 +364,23 @@ VITRAIL_MULTIPLY(BFloat16, 16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 VITRAIL_MULTIPLY(Float16, 16, "m16n8k16.row.col.f32.f16.f16.f32")
 VITRAIL_MULTIPLY(float, 8, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef VITRAIL_MULTIPLY
+
+// Half the depth, for half types: 16 x 8 by 8 x 8. The operands are the first halves of those above.
+template <class S>
+VITRAIL_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+#if defined(VITRAIL_EMULATE)
+    multiply<S>(c, {a[0], a[1], 0, 0}, {b[0], 0});
+#else
+#define VITRAIL_MULTIPLY(shape)                                                                   \
+    asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]))
+    if constexpr (std::is_same_v<S, BFloat16>)
+        VITRAIL_MULTIPLY("m16n8k8.row.col.f32.bf16.bf16.f32");
+    else
+        VITRAIL_MULTIPLY("m16n8k8.row.col.f32.f16.f16.f32");
+#undef VITRAIL_MULTIPLY
+#endif
+}
 
 }  // namespace vitrail::cuda

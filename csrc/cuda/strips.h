@@ -96,6 +96,12 @@ __global__ void __launch_bounds__(kMixThreads, 2)
     const int row = warp() / tile.across * 16 + g, column = warp() % tile.across * kPlaces;  // and row + 8
     const Place place = first_place + column;
     const bool idle = first_strip + row - g >= all || place >= length;
+    // A bit for each tap and each of the two rows.
+    int outside = 0;
+    for (int half = 0; half < 2; ++half) {
+        const Place strip = (first_strip + row + 8 * half) % strips;
+        outside |= (strip == 0 ? 1 << half : 0) | (strip == strips - 1 ? 16 << half : 0);
+    }
     float sums[kTiles][kGroups][4] = {};
     for (Place from = -kPlaces; from < length; from += kPlaces) {
         if (from + kPlaces < length) load(from + kPlaces);
@@ -110,22 +116,17 @@ __global__ void __launch_bounds__(kMixThreads, 2)
             int strip[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const Place beside = (first_strip + row + 8 * half) % strips + tap - 1;
-                strip[half] = beside >= 0 && beside < strips ? x + (row + 8 * half + tap) * kPitch : 0;
+                strip[half] = outside >> (2 * tap + half) & 1 ? 0 : x + (row + 8 * half + tap) * kPitch;
             }
 #pragma unroll 1
-            for (int k = 0; k < kPlaces && from + k < length; k += kStep<S>) {
-                uint32_t left[kGroups][4];
-                load_operands<S, 2>([&](int half, int i) { return zeros[strip[half] + k + i]; }, left);
+            for (int k = 0; k < kPlaces && from + k < length; k += kStep) {
+                const Operands<S, 2> left([&](int half, int i) { return zeros[strip[half] + k + i]; });
 #pragma unroll
                 for (int j = 0; j < kTiles; ++j) {
                     if (place + 8 * j >= length) break;
-                    uint32_t right[kGroups][2];
-                    load_operands<S, 1>(
-                        [&](int, int i) {
-                            return zeros[weight + (tap * tile.places() + 8 * j) * kPitch + k + i];
-                        },
-                        right);
+                    const Operands<S, 1> right([&](int, int i) {
+                        return zeros[weight + (tap * tile.places() + 8 * j) * kPitch + k + i];
+                    });
                     multiply_groups<S>(sums[j], left, right);
                 }
             }
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(384)
     int64_t* const grad_offsets = x_offsets + kSegment + 2;
     auto* const taps = reinterpret_cast<int*>(grad_offsets + kSegment + 2);  // bits: which strips are there
     Chunk* const stages = zero + 1 + GradientTile::kTable;
-    if (threadIdx.x == 0) *zero = {};
+    if (threadIdx.x == 0) zero[0] = {};
 
     const int g = lane() / 4, t = lane() % 4;
     const int tap = warp() / (tile.side * tile.side);
@@ -252,29 +253,26 @@ __global__ void __launch_bounds__(384)
             if (first_row < 0) continue;
             wait_for_copies<1>();
             __syncthreads();
-            const Chunk* const grad = stages + first_row / kSumStrips % 2 * tile.stage();
-            const Chunk* const x = grad + kSumStrips * tile.pitch();
+            const int grad = 1 + GradientTile::kTable + first_row / kSumStrips % 2 * tile.stage();
+            const int left_row = grad + to + g,
+                      right_row = grad + (kSumStrips + tap) * tile.pitch() + from + g;
             const int rows = min(kSumStrips, count - first_row);
 #pragma unroll 1
-            for (int k = 0; k < rows && !idle; k += kStep<S>) {
-                uint32_t left[kGroups][4];
-                load_operands<S, 2>(
-                    [&](int half, int i) { return grad[(k + i) * tile.pitch() + to + 8 * half + g]; }, left);
+            for (int k = 0; k < rows && !idle; k += kStep) {
+                const Operands<S, 2> left(
+                    [&](int half, int i) { return zero[left_row + (k + i) * tile.pitch() + 8 * half]; });
 #pragma unroll
                 for (int j = 0; j < kTiles; ++j) {
                     if (first_from + from + 8 * j >= length) break;
-                    uint32_t right[kGroups][2];
-                    load_operands<S, 1>(
-                        [&](int, int i) {
-                            const bool some = taps[first_row + k + i] >> tap & 1;
-                            return *(some ? x + (k + i + tap) * tile.pitch() + from + 8 * j + g : zero);
-                        },
-                        right);
+                    const Operands<S, 1> right([&](int, int i) {
+                        const bool some = taps[first_row + k + i] >> tap & 1;
+                        return zero[some ? right_row + (k + i) * tile.pitch() + 8 * j : 0];
+                    });
                     multiply_groups<S>(sums[j], left, right);
                 }
             }
             for (int k = 0; k < rows && biased; ++k) {
-                const uint32_t bits = grad[k * tile.pitch() + place].words[word];
+                const uint32_t bits = zero[grad + k * tile.pitch() + place].words[word];
                 if constexpr (sizeof(S) == 2) {
                     bias[0] += widen(S{uint16_t(bits)});
                     bias[1] += widen(S{uint16_t(bits >> 16)});
