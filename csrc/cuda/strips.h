@@ -20,8 +20,11 @@ constexpr int kMixThreads = 256;
 constexpr int kSegment = 128, kSumStrips = 32;
 
 // The bytes that addresses are multiples of.
-struct Pieces {
-    int x, weight, out, grad;
+struct MixPieces {
+    int x, weight, out;
+};
+struct GradientPieces {
+    int grad, x;
 };
 
 // Where a strip begins, one of all patches of all images.
@@ -48,7 +51,7 @@ struct MixTile {
 
 template <class S>
 __global__ void __launch_bounds__(kMixThreads, 2)
-    mix_strips(const __grid_constant__ StripMix a, const __grid_constant__ Pieces pieces, MixTile tile) {
+    mix_strips(const __grid_constant__ StripMix a, const __grid_constant__ MixPieces pieces, MixTile tile) {
     constexpr int kGroups = kChunkGroups<S>, kTiles = kPlaces / 8;
     const Place length = Place(a.length), strips = Place(a.strips),
                 all = strips * Place(a.images * a.patches);
@@ -115,9 +118,8 @@ __global__ void __launch_bounds__(kMixThreads, 2)
         for (int tap = 0; tap < 3 && !idle; ++tap) {
             int strip[2];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
+            for (int half = 0; half < 2; ++half)
                 strip[half] = outside >> (2 * tap + half) & 1 ? 0 : x + (row + 8 * half + tap) * kPitch;
-            }
 #pragma unroll 1
             for (int k = 0; k < kPlaces && from + k < length; k += kStep) {
                 const Operands<S, 2> left([&](int half, int i) { return zeros[strip[half] + k + i]; });
@@ -184,7 +186,7 @@ struct GradientTile {
 
 template <class S>
 __global__ void __launch_bounds__(384)
-    sum_strips(const __grid_constant__ StripMixGradients a, const __grid_constant__ Pieces pieces,
+    sum_strips(const __grid_constant__ StripMixGradients a, const __grid_constant__ GradientPieces pieces,
                GradientTile tile, const __grid_constant__ PartialSums parts) {
     constexpr int kGroups = kChunkGroups<S>, kTiles = kPlaces / 8;
     const Place length = Place(a.length), strips = Place(a.strips),

@@ -16,7 +16,8 @@ void with_storage(Storage storage, Action action) {
         action(float());
 }
 
-int64_t pieces_of(int64_t n, int64_t size) {
+// Rounded up.
+int64_t quotient(int64_t n, int64_t size) {
     return (n + size - 1) / size;
 }
 
@@ -36,12 +37,12 @@ struct OnGpu {
         const cuda::MixTile tile = {a.length > cuda::kPlaces ? 2 : 1};
         with_storage(a.storage, [&](auto s) {
             using S = decltype(s);
-            const cuda::Pieces pieces = {piece(a.x, a.groups, sizeof(S)),
-                                         piece(a.weight, {a.tap, a.to, a.from, a.groups}, sizeof(S)),
-                                         piece(a.out, a.groups, sizeof(S)), 0};
-            const int64_t blocks = pieces_of(a.groups, cuda::kChunkGroups<S>) *
-                                   pieces_of(a.length, tile.places()) *
-                                   pieces_of(a.images * a.patches * a.strips, tile.strips());
+            const cuda::MixPieces pieces = {piece(a.x, a.groups, sizeof(S)),
+                                            piece(a.weight, {a.tap, a.to, a.from, a.groups}, sizeof(S)),
+                                            piece(a.out, a.groups, sizeof(S))};
+            const int64_t blocks = quotient(a.groups, cuda::kChunkGroups<S>) *
+                                   quotient(a.length, tile.places()) *
+                                   quotient(a.images * a.patches * a.strips, tile.strips());
             cuda::Launcher{x}(cuda::mix_strips<S>, blocks, cuda::kMixThreads, tile.shared_bytes(a.length), a,
                               pieces, tile);
         });
@@ -51,15 +52,15 @@ struct OnGpu {
         // Blocks of threads that keep a GPU busy; how a sum is cut depends on shapes alone.
         constexpr int64_t kBlocks = 256, kThreads = 256;
         const cuda::GradientTile tile = {a.length > cuda::kPlaces ? 2 : 1};
-        const int64_t strips = a.images * a.patches * a.strips, segments = pieces_of(strips, cuda::kSegment);
+        const int64_t strips = a.images * a.patches * a.strips, segments = quotient(strips, cuda::kSegment);
         with_storage(a.storage, [&](auto s) {
             using S = decltype(s);
-            const cuda::Pieces pieces = {piece(a.x, a.groups, sizeof(S)), 0, 0,
-                                         piece(a.grad, a.groups, sizeof(S))};
-            const int64_t chunks = pieces_of(a.groups, cuda::kChunkGroups<S>),
-                          tiles = pieces_of(a.length, tile.places()), blocks = chunks * tiles * tiles;
-            const int64_t each = pieces_of(segments, pieces_of(kBlocks, blocks)),
-                          count = pieces_of(segments, each);
+            const cuda::GradientPieces pieces = {piece(a.grad, a.groups, sizeof(S)),
+                                                 piece(a.x, a.groups, sizeof(S))};
+            const int64_t chunks = quotient(a.groups, cuda::kChunkGroups<S>),
+                          tiles = quotient(a.length, tile.places()), blocks = chunks * tiles * tiles;
+            const int64_t each = quotient(segments, quotient(kBlocks, blocks)),
+                          count = quotient(segments, each);
             const int64_t groups = chunks * cuda::kChunkGroups<S>,
                           size = (3 * a.length + 1) * a.length * groups;
             Tensor sums = torch::stable::new_empty(x, {count, size}, ScalarType::Float);
@@ -68,7 +69,7 @@ struct OnGpu {
             const cuda::Launcher launch{x};
             launch(cuda::sum_strips<S>, count * blocks, tile.threads(), tile.shared_bytes(strips), a, pieces,
                    tile, parts);
-            launch(cuda::add_parts<S>, pieces_of(size, kThreads), kThreads, 0, a, parts, cuda::Place(count));
+            launch(cuda::add_parts<S>, quotient(size, kThreads), kThreads, 0, a, parts, cuda::Place(count));
         });
     }
 };
