@@ -87,7 +87,7 @@ _operator = _StripMix(
     lambda x, weight, bias, axis: x.new_empty(x.shape),
     differentiable=("x", "weight", "bias"),
     shared=("weight", "bias"),
-    compiled=("cpu",),
+    compiled=("cpu", "cuda"),
 )
 
 # --- the public function ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 #pragma once
 
 #if defined(VITRAIL_EMULATE)
+#include <algorithm>
 #include <cmath>
 
 #include "emulation.h"
@@ -14,6 +15,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 #endif
 
 namespace vitrail::cuda {
@@ -82,6 +84,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     });
     return pair[1];
 }
+using std::min;
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);
 }
@@ -103,6 +106,13 @@ inline uint32_t atomicMax(uint32_t* to, uint32_t other) {
     const uint32_t before = *to;
     if (other > before) *to = other;
     return before;
+}
+// Four of the eight bytes of x (0 to 3) and y (4 to 7), the lowest first.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t which) {
+    const uint64_t bytes = x | uint64_t(y) << 32;
+    uint32_t to = 0;
+    for (int i = 0; i < 4; ++i) to |= uint32_t(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return to;
 }
 
 #else
@@ -230,12 +240,14 @@ VITRAIL_DEVICE uint32_t pair_of<Float16>(float low, float high) {
 }
 #endif
 
-// --- copies from global to shared memory, 16 bytes each ---
+// --- copies from global to shared memory, of 16, 8 or 4 bytes each, and so aligned ---
 
 #if defined(VITRAIL_EMULATE)
 
-inline void copy_async(void* to, const void* from) {
-    emulation::block().copy_later({to, from, 16});
+template <int kBytes = 16>
+void copy_async(void* to, const void* from) {
+    if ((uintptr_t(to) | uintptr_t(from)) % kBytes) std::abort();
+    emulation::block().copy_later({to, from, kBytes});
 }
 inline void commit_copies() {
     emulation::block().commit_copies();
@@ -250,8 +262,15 @@ void wait_for_copies() {
 VITRAIL_DEVICE uint32_t shared_address(const void* p) {
     return uint32_t(__cvta_generic_to_shared(p));
 }
+template <int kBytes = 16>
 VITRAIL_DEVICE void copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    if constexpr (kBytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+                     "n"(kBytes)
+                     : "memory");
 }
 VITRAIL_DEVICE void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -364,5 +383,23 @@ VITRAIL_MULTIPLY(BFloat16, 16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 VITRAIL_MULTIPLY(Float16, 16, "m16n8k16.row.col.f32.f16.f16.f32")
 VITRAIL_MULTIPLY(float, 8, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef VITRAIL_MULTIPLY
+
+// Half the depth, for half types: 16 x 8 by 8 x 8. The operands are the first halves of those above.
+template <class S>
+VITRAIL_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+#if defined(VITRAIL_EMULATE)
+    multiply<S>(c, {a[0], a[1], 0, 0}, {b[0], 0});
+#else
+#define VITRAIL_MULTIPLY(shape)                                                                   \
+    asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]))
+    if constexpr (std::is_same_v<S, BFloat16>)
+        VITRAIL_MULTIPLY("m16n8k8.row.col.f32.bf16.bf16.f32");
+    else
+        VITRAIL_MULTIPLY("m16n8k8.row.col.f32.f16.f16.f32");
+#undef VITRAIL_MULTIPLY
+#endif
+}
 
 }  // namespace vitrail::cuda

@@ -143,11 +143,11 @@ class Checks {
 #endif
     }
 
-    // On the device of `q`.
-    void placed(const char* name, const Tensor& t, const Tensor& q) const {
+    // On the device of another tensor.
+    void placed(const char* name, const Tensor& t, const Tensor& like, const char* other = "q") const {
         placed(name, t);
-        if (t.get_device_index() != q.get_device_index())
-            fail(name, " must be on the GPU of q, number ", q.get_device_index(), ", got ",
+        if (t.get_device_index() != like.get_device_index())
+            fail(name, " must be on the GPU of ", other, ", number ", like.get_device_index(), ", got ",
                  t.get_device_index());
     }
 

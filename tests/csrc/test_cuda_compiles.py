@@ -23,6 +23,7 @@ OPERATORS = (
     "semantic_attention",
     "sparse_attention",
     "channel_attention",
+    "strip_mix",
 )
 
 

@@ -1,8 +1,4 @@
-"""The compiled kernels of `strip_mix`: against a float64 definition, and on wrong arguments.
-
-The operators are called directly, past the checks and the autograd of the public function: what is tested is what the
-library does when nothing protects it.
-"""
+"""The compiled kernels of `strip_mix`: against a float64 definition, and on wrong arguments."""
 
 from dataclasses import dataclass, replace
 
@@ -13,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from .kernels import EXAMPLES, GPU_KERNELS, operator
+
 # Of single elements, relative to the sum of the magnitudes that were added.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 2e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+if GPU_KERNELS:  # which know no float64
+    del TOLERANCE[torch.float64]
+
+fused, backward = operator("strip_mix"), operator("strip_mix_backward")
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,6 @@ class Case:
         x = normal(self.batch, *size, 2 * self.groups * self.patches).chunk(2, -1)[1]
         weight = normal(3, self.length, self.length, self.groups)
         return [x, weight, normal(self.length, self.groups) if self.biased else None, self.axis]
-
-
-def fused(*arguments) -> Tensor:
-    return torch.ops.vitrail.strip_mix(*arguments)
-
-
-def backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.vitrail.strip_mix_backward(*arguments)
 
 
 def definition(x, weight, bias, axis) -> Tensor:
@@ -133,7 +127,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(cases, st.integers(0, 99))
 def test_matches_the_definition_for_any_sizes(case, seed):
     assert_matches(case, case.arguments(seed))
@@ -171,6 +165,54 @@ def test_the_number_of_threads_does_not_change_a_bit(shape, assert_same_bits_on_
     assert_same_bits_on_any_number_of_threads(lambda: (fused(*arguments),))
     grad = torch.randn_like(arguments[0])
     assert_same_bits_on_any_number_of_threads(lambda: backward(grad, *arguments))
+
+
+TILES = {
+    "strips past a tile of short ones": Case(3, 43, 7, 9, 1),
+    "strips past a tile of long ones": Case(1, 33, 17, 5, 2),
+    "places that fill a tile": Case(1, 3, 16, 8, 2),
+    "and two": Case(2, 5, 32, 4, 1),
+    "places past a tile": Case(1, 4, 33, 9, 1),
+    "a chunk of groups, and one": Case(2, 5, 9, 9, 2),
+    "many small images": Case(65, 2, 3, 4, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", TILES)
+def test_what_is_cut_into_tiles_matches_at_their_edges(shape, dtype):
+    case = replace(TILES[shape], dtype=dtype)
+    assert_matches(case, case.arguments())
+
+
+@pytest.mark.parametrize("strips", [128, 129, 257])
+def test_sums_over_strips_match_at_the_edges_of_their_parts(strips):
+    """With so many groups a part of a sum on a GPU is two segments of 128 strips."""
+    case = Case(1, strips, 1, 1029, 1, dtype=torch.bfloat16)
+    assert_matches(case, case.arguments())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("groups", [12, 14, 16])
+@pytest.mark.parametrize("first", [0, 1, 2, 4])
+def test_memory_may_begin_anywhere(first, groups, dtype):
+    case = Case(strips=3, length=5, groups=groups, dtype=dtype)
+    x, weight, bias, axis = case.arguments()
+
+    def moved(t: Tensor) -> Tensor:
+        room = t.new_full((*t.shape[:-1], t.shape[-1] + 8), torch.nan)
+        room[..., first : first + t.shape[-1]] = t
+        return room[..., first : first + t.shape[-1]]
+
+    assert_matches(case, [moved(x), moved(weight), moved(bias), axis], moved(torch.randn_like(x)))
+
+
+def test_gradients_have_the_same_bits_each_time():
+    case = Case(4, 40, 7, 12, 2, dtype=torch.bfloat16)
+    arguments = case.arguments()
+    grad = torch.randn_like(arguments[0])
+    for once, again in zip(backward(grad, *arguments), backward(grad, *arguments), strict=True):
+        assert torch.equal(once, again)
 
 
 def test_an_image_gives_the_same_bits_alone_and_in_a_batch():
