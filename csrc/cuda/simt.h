@@ -21,6 +21,7 @@ namespace vitrail::cuda {
 #define VITRAIL_DEVICE __device__ __forceinline__
 
 constexpr int kWarp = 32;
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // --- numbers ---
 
@@ -84,6 +85,9 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 }
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);
+}
+inline void __syncwarp() {
+    __ballot_sync(0xffffffffu, true);
 }
 
 #else

@@ -94,6 +94,18 @@ class Checks {
         }
     }
 
+    // The same, of what kernels on this device compute in.
+    Storage computed(const char* name, const Tensor& t) const {
+        const Storage type = storage(name, t);
+#if defined(VITRAIL_CUDA)
+        if (type == Storage::kFloat64)
+            fail(name,
+                 " must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes "
+                 "it");
+#endif
+        return type;
+    }
+
     // On the device that the operator is compiled for.
     void placed(const char* name, const Tensor& t) const {
 #if defined(VITRAIL_CUDA) && !defined(VITRAIL_EMULATE)
@@ -128,11 +140,11 @@ class Checks {
         if (num_heads < 1) fail("num_heads must be at least 1, got ", num_heads);
     }
 
-    // On the device of `q`.
-    void placed(const char* name, const Tensor& t, const Tensor& q) const {
+    // On the device of `q`, or of an argument of another name.
+    void placed(const char* name, const Tensor& t, const Tensor& q, const char* q_name = "q") const {
         placed(name, t);
         if (t.get_device_index() != q.get_device_index())
-            fail(name, " must be on the GPU of q, number ", q.get_device_index(), ", got ",
+            fail(name, " must be on the GPU of ", q_name, ", number ", q.get_device_index(), ", got ",
                  t.get_device_index());
     }
 
