@@ -113,8 +113,8 @@ def composed(
     keys = choose(logits, basis, candidates, *settings)
     out = sparse_attention(chooses, k, v, keys, num_heads, scale)
     if num_dense > 0:
-        dense = (x.to(dtype) for x in (q[:, :num_dense], k, v))
-        first = dense_attention(*dense, num_pruned, num_heads, scale)
+        queries = q[:, :num_dense].to(dtype)
+        first = dense_attention(queries, k.to(dtype), v.to(dtype), num_pruned, num_heads, scale)
         out = torch.cat([first.to(out.dtype), out], 1)
     return out
 
