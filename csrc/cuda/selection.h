@@ -21,8 +21,8 @@ VITRAIL_DEVICE float number_of(int order) {
 }
 
 // In all lanes the same bits: both of a pair add the same two numbers.
-template <class T, class Op>
-VITRAIL_DEVICE T across_warp(T x, Op op) {
+template <class Op>
+VITRAIL_DEVICE float across_warp(float x, Op op) {
 #pragma unroll
     for (int bit = kWarp / 2; bit > 0; bit /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, bit));
     return x;
@@ -51,7 +51,7 @@ VITRAIL_DEVICE int count_above(const int* row, int count, int threshold) {
     int above = 0;
 #pragma unroll 4
     for (int i = lane(); i < count; i += kWarp) above += row[i] > threshold;
-    return across_warp(above, [](int x, int y) { return x + y; });
+    return __reduce_add_sync(0xffffffffu, above);
 }
 
 // The cut above which `wanted` numbers of a row stand, at least one. A lane reads every 32nd, from its own
@@ -64,8 +64,8 @@ VITRAIL_DEVICE Cut find_cut(const int* row, int count, int wanted) {
         high = row[i] > high ? row[i] : high;
     }
     // more than the wanted numbers lie above `low`, fewer above `high`
-    low = across_warp(low, [](int x, int y) { return x < y ? x : y; }) - 1;
-    high = across_warp(high, [](int x, int y) { return x > y ? x : y; });
+    low = __reduce_min_sync(0xffffffffu, low) - 1;
+    high = __reduce_max_sync(0xffffffffu, high);
     int above_high = 0;
     for (int step = 0; unsigned(high) - unsigned(low) > 1; ++step) {
         // Halves the range of numbers, which is soon done where they are spread evenly, then that of

@@ -89,6 +89,28 @@ inline int __popc(unsigned x) {
 inline void __syncwarp() {
     __ballot_sync(0xffffffffu, true);
 }
+template <class T, class Op>
+T reduce_on_host(T x, Op op) {
+    T pair[2] = {x, x};
+    emulation::block().together(pair, [op](void** lanes) {
+        T all = *static_cast<T*>(lanes[0]);
+        for (int i = 1; i < kWarp; ++i) all = op(all, *static_cast<T*>(lanes[i]));
+        for (int i = 0; i < kWarp; ++i) static_cast<T*>(lanes[i])[1] = all;
+    });
+    return pair[1];
+}
+template <class T>
+T __reduce_add_sync(unsigned, T x) {
+    return reduce_on_host(x, [](T a, T b) { return a + b; });
+}
+template <class T>
+T __reduce_min_sync(unsigned, T x) {
+    return reduce_on_host(x, [](T a, T b) { return a < b ? a : b; });
+}
+template <class T>
+T __reduce_max_sync(unsigned, T x) {
+    return reduce_on_host(x, [](T a, T b) { return a > b ? a : b; });
+}
 
 #else
 

@@ -32,7 +32,8 @@ void run(const ConnectivityTopk& a, int64_t images) {
 }
 
 struct OnCpu {
-    static void admit(const Checks& checks, const ConnectivityTopk& a, const Optional& candidates) {
+    static void admit(const Checks& checks, const ConnectivityTopk& a, const Tensor&,
+                      const Optional& candidates) {
         if (candidates && a.choice.tokens == 0) refuse_wrong_candidate(checks, a.choice, *candidates);
     }
 

@@ -131,11 +131,12 @@ VITRAIL_DEVICE int keep_coefficients(const Connectivity& c, const S* logits, int
 template <class S>
 __global__ void __launch_bounds__(256)
     choose_keys(const __grid_constant__ ConnectivityTopk a, const __grid_constant__ Layout layout,
-                const float* rows, int64_t queries) {
+                const float* rows, Place queries) {
     const Connectivity& c = a.choice;
-    const int64_t at = blockIdx.x * int64_t(blockDim.x / kWarp) + warp();  // of all images and heads
+    const Place at = Place(blockIdx.x * (blockDim.x / kWarp)) + warp();  // of all images and heads
     if (at >= queries) return;
-    const int64_t query = at % a.queries, head = at / a.queries % a.heads, image = at / a.queries / a.heads;
+    const Place per_head = Place(a.queries), heads = Place(a.heads);
+    const int64_t query = at % per_head, head = at / per_head % heads, image = at / per_head / heads;
     int* const numbers =
         reinterpret_cast<int*>(static_cast<unsigned char*>(shared_memory()) + warp() * layout.bytes());
     Term* const terms = reinterpret_cast<Term*>(numbers + layout.numbers);
@@ -193,15 +194,19 @@ void run_choice(const ConnectivityTopk& a, const Tensor& logits, const float* ro
     constexpr int kMostWarps = 8;
     const cuda::Layout layout(a.choice);
     const int warps = std::min(kMostWarps, kSharedBytes / layout.bytes());
-    const int64_t queries = logits.size(0) * a.heads * a.queries;
+    const cuda::Place queries = cuda::Place(logits.size(0) * a.heads * a.queries);
     cuda::Launcher{logits}(cuda::choose_keys<S>, (queries + warps - 1) / warps, warps * cuda::kWarp,
                            warps * layout.bytes(), a, layout, rows, queries);
 }
 
 struct OnGpu {
     // A candidate out of range stops the program, as an index out of range does in PyTorch's own kernels.
-    static void admit(const Checks& checks, const ConnectivityTopk& a, const Optional&) {
+    static void admit(const Checks& checks, const ConnectivityTopk& a, const Tensor& logits,
+                      const Optional&) {
         const Connectivity& c = a.choice;
+        if (logits.numel() / c.rows > kMaxExtent)
+            checks.fail("logits must have at most ", kMaxExtent, " queries on a GPU, got shape ",
+                        shape_of(logits));
         const int64_t numbers = std::max(c.keys, c.rows) + 2 * c.rows;
         if (numbers > kMostNumbers)
             checks.fail("keys and rows of the basis must fit into the memory that a block of threads has: ",

@@ -29,7 +29,7 @@ Tensor connectivity_topk(const Tensor& logits, const Tensor& basis, const Option
     a.slots = num_keys > 0 ? num_keys : a.choice.keys;
     Tensor out = torch::stable::new_empty(logits, {logits.size(0), a.heads, a.queries, a.slots},
                                           std::make_optional(ScalarType::Long));
-    Device::admit(checks, a, candidates);
+    Device::admit(checks, a, logits, candidates);
     if (out.numel() == 0) return out;
     a.out = static_cast<int64_t*>(out.mutable_data_ptr());
     Device::choose(checks, a, logits, candidates);

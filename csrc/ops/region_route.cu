@@ -120,15 +120,11 @@ __global__ void __launch_bounds__(kQueries* kWarp) choose_regions(const __grid_c
     constexpr int kPieces = kDepth / 4;  // of 16 bytes, in a row
     const int64_t image = Place(blockIdx.x) / a.blocks;
     const Place first = Place(blockIdx.x) % a.blocks * kQueries, query = first + warp();
-    const int parts = a.padded / kDepth;
-    const int64_t steps = int64_t((a.keys + kKeys - 1) / kKeys) * parts;
     const float* const q = a.q + image * a.queries * a.padded;
     const float* const k = a.k + image * a.keys * a.padded;
     // Regions past the last are copies of it, whose scores nobody looks at.
-    const auto load = [&](int64_t step) {
-        const Factors to(int(step % 2));
-        const Place tile = Place(step / parts) * kKeys;
-        const int channel = int(step % parts) * kDepth;
+    const auto load = [&](int stage, Place tile, int channel) {
+        const Factors to(stage);
         for (int i = int(threadIdx.x); i < Factors::kRows * kPieces; i += int(blockDim.x)) {
             const int row = i / kPieces, c = i % kPieces * 4;
             const int64_t region =
@@ -142,27 +138,31 @@ __global__ void __launch_bounds__(kQueries* kWarp) choose_regions(const __grid_c
                                  : reinterpret_cast<uint32_t*>(static_cast<unsigned char*>(shared_memory()) +
                                                                2 * Factors::kBytes) +
                                        warp() * int64_t(a.keys);
-    load(0);
-    float sums[2] = {};
-    for (int64_t step = 0; step < steps; ++step) {
-        wait_for_copies<0>();
-        __syncthreads();
-        if (step + 1 < steps) load(step + 1);
-        const Factors factors(int(step % 2));
-        const float* const row = factors.q[warp()];
-        const float *const one = factors.k[lane()], *const other = factors.k[lane() + kWarp];
-        float part[2] = {};
+    load(0, 0, 0);
+    int stage = 0;
+    for (Place tile = 0; tile < a.keys; tile += kKeys) {
+        float sums[2] = {};
+        for (int channel = 0; channel < a.padded; channel += kDepth, stage ^= 1) {
+            wait_for_copies<0>();
+            __syncthreads();
+            if (channel + kDepth < a.padded)
+                load(stage ^ 1, tile, channel + kDepth);
+            else if (tile + kKeys < a.keys)
+                load(stage ^ 1, tile + kKeys, 0);
+            const Factors factors(stage);
+            const float* const row = factors.q[warp()];
+            const float *const one = factors.k[lane()], *const other = factors.k[lane() + kWarp];
+            float part[2] = {};
 #pragma unroll
-        for (int c = 0; c < kDepth; ++c) {
-            part[0] += row[c] * one[c];
-            part[1] += row[c] * other[c];
+            for (int c = 0; c < kDepth; ++c) {
+                part[0] += row[c] * one[c];
+                part[1] += row[c] * other[c];
+            }
+            for (int i = 0; i < 2; ++i) sums[i] += part[i];
         }
-        for (int i = 0; i < 2; ++i) sums[i] += part[i];
-        if ((step + 1) % parts != 0) continue;
         for (int i = 0; i < 2; ++i) {
-            const int64_t key = step / parts * kKeys + lane() + i * kWarp;
+            const Place key = tile + lane() + i * kWarp;
             if (key < a.keys && query < a.queries) scores[key] = rank_of(sums[i]);
-            sums[i] = 0.0f;
         }
     }
     if (query >= a.queries) return;
@@ -176,13 +176,11 @@ __global__ void __launch_bounds__(kQueries* kWarp) choose_regions(const __grid_c
             const uint64_t here = uint64_t(scores[key]) << 32 | uint32_t(0x7fffffff - key);
             if (here < last && here > best) best = here;
         }
-#pragma unroll
-        for (int bit = kWarp / 2; bit > 0; bit /= 2) {
-            const uint64_t there = __shfl_xor_sync(0xffffffffu, best, bit);
-            best = there > best ? there : best;
-        }
-        last = best;
-        if (lane() == 0) to[place] = 0x7fffffff - int64_t(uint32_t(best));
+        const uint32_t rank = __reduce_max_sync(0xffffffffu, uint32_t(best >> 32));
+        const uint32_t key =
+            __reduce_max_sync(0xffffffffu, uint32_t(best >> 32) == rank ? uint32_t(best) : 0u);
+        last = uint64_t(rank) << 32 | key;
+        if (lane() == 0) to[place] = 0x7fffffff - int64_t(key);
     }
 }
 
