@@ -37,6 +37,18 @@ def holds_values(x: Tensor) -> bool:
     return x.device.type == "cpu" and not captured and type(x) is Tensor
 
 
+def hands_over(name: str, device: str, compiled: Sequence[str]) -> bool:
+    """Whether the compiled library, loaded now if it was not, has put a kernel in front of the one of last resort.
+
+    Args:
+        name: of the operator, without its namespace.
+        device: where its arguments are.
+        compiled: device types whose compiled library holds a kernel, so that loading it is worth while.
+    """
+    known = device in compiled and library.load(device)
+    return known and library.has_kernel(f"vitrail::{name}", device.upper())
+
+
 @contextlib.contextmanager
 def _recording() -> Iterator[None]:
     """Autograd inside a kernel, which runs below it."""
@@ -150,7 +162,7 @@ class Operator:
     def _kernel(self, *args):
         """Hands over to the compiled library once that is loaded, else runs the definition."""
         device = args[0].device.type
-        if self._hands_over(self.name, device):
+        if hands_over(self.name, device, self._compiled):
             return self.op(*args)
         if self._check_values is not None and device == "cpu":
             self._check_values(*args)
@@ -162,7 +174,7 @@ class Operator:
     def _backward_kernel(self, grad, *rest):
         """The same for the gradients."""
         device = grad.device.type
-        if self._hands_over(f"{self.name}_backward", device):
+        if hands_over(f"{self.name}_backward", device, self._compiled):
             return self.backward_op(grad, *rest)
         return self._differentiate(grad, *rest)
 
@@ -175,11 +187,6 @@ class Operator:
             args[0].new_empty(0) if args[i] is None else next(grads).contiguous() for i in self._wanted
         )
         return grads if len(grads) > 1 else grads[0]
-
-    def _hands_over(self, name: str, device: str) -> bool:
-        """Whether the compiled library, loaded now if it was not, has put a kernel in front of this one."""
-        known = device in self._compiled and library.load(device)
-        return known and library.has_kernel(f"vitrail::{name}", device.upper())
 
     def _leaves(self, args):
         """The arguments with fresh leaves where they are differentiable, and these leaves."""

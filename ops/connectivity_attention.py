@@ -1,6 +1,7 @@
 """`connectivity_attention`: queries choose their keys and attend to them (Sparsifiner, arXiv 2303.13755, section 3).
 
-`connectivity_topk` and `sparse_attention` in one: neither the lists of keys nor what they are chosen by is stored.
+`connectivity_topk` and `sparse_attention` in one: on the CPU neither the lists of keys nor what they are chosen by is
+stored.
 """
 
 from math import log
@@ -13,8 +14,8 @@ from torch import Tensor
 from ._attention import join_heads, split_heads
 from ._checks import check_parameter, check_token_attention, check_tokens
 from ._operator import Operator, wide_dtype
-from .connectivity_topk import check_candidates_in_range, check_choice, connectivity_topk
-from .connectivity_topk import reference as choose
+from .connectivity_topk import check_candidates_in_range, check_choice, choose
+from .connectivity_topk import reference as choose_by_definition
 from .sparse_attention import reference as attend
 from .sparse_attention import sparse_attention
 
@@ -64,7 +65,7 @@ def reference(
     dtype = wide_dtype(q)
     queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
     logits = connectivity_logits(queries[:, num_dense:].detach(), compressed, offset, projection, num_heads)
-    lists = choose(
+    lists = choose_by_definition(
         logits,
         basis,
         candidates,
@@ -79,6 +80,43 @@ def reference(
         first = dense_attention(queries[:, :num_dense], keys, values, num_pruned, num_heads, scale)
         out = torch.cat([first, out], 1)
     return out.to(q.dtype)
+
+
+def composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    compressed: Tensor,
+    offset: Tensor,
+    projection: Optional[Tensor],
+    basis: Tensor,
+    candidates: Optional[Tensor],
+    num_keys: int,
+    num_coefficients: int,
+    coefficient_threshold: float,
+    basis_threshold: float,
+    score_threshold: float,
+    num_dense: int,
+    num_pruned: int,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """The same by the operators that this one joins, which have kernels and gradients of their own.
+
+    On a GPU this is how it runs: logits are one product of matrices, and lists are small beside what they save. On the
+    CPU a kernel does all at once, as it can keep the lists of some queries in the cache.
+    """
+    dtype = wide_dtype(q)
+    chooses = q[:, num_dense:]
+    logits = connectivity_logits(chooses.detach(), compressed, offset, projection, num_heads)
+    settings = (num_keys, num_coefficients, coefficient_threshold, basis_threshold, score_threshold)
+    keys = choose(logits, basis, candidates, *settings)
+    out = sparse_attention(chooses, k, v, keys, num_heads, scale)
+    if num_dense > 0:
+        queries = q[:, :num_dense].to(dtype)
+        first = dense_attention(queries, k.to(dtype), v.to(dtype), num_pruned, num_heads, scale)
+        out = torch.cat([first.to(out.dtype), out], 1)
+    return out
 
 
 def _fake(q, k, v, *_):
@@ -98,6 +136,7 @@ _operator = Operator(
     reference,
     _fake,
     differentiable=("q", "k", "v"),
+    forward=composed,
     shared=("projection", "basis"),
     check_values=_check_values,
     compiled=("cpu",),
@@ -222,28 +261,19 @@ def connectivity_attention(
     compressed, offset, basis = compressed.detach().to(dtype), offset.detach().to(dtype), basis.detach()
     if projection is not None:
         projection = projection.detach().to(dtype)
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        return _operator(
-            q,
-            k,
-            v,
-            compressed,
-            offset,
-            projection,
-            basis,
-            candidates,
-            *settings,
-            num_dense,
-            num_pruned,
-            num_heads,
-            scale,
-        )
-    chooses = q[:, num_dense:]
-    logits = connectivity_logits(chooses.detach(), compressed, offset, projection, num_heads)
-    thresholds = (basis_threshold, coefficient_threshold, score_threshold)
-    keys = connectivity_topk(logits, basis, num_keys, num_coefficients, *thresholds, candidates)
-    out = sparse_attention(chooses, k, v, keys, num_heads, scale)
-    if num_dense > 0:
-        first = dense_attention(q[:, :num_dense], k, v, num_pruned, num_heads, scale)
-        out = torch.cat([first, out], 1)
-    return out
+    wants_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return (composed if wants_gradients else _operator)(
+        q,
+        k,
+        v,
+        compressed,
+        offset,
+        projection,
+        basis,
+        candidates,
+        *settings,
+        num_dense,
+        num_pruned,
+        num_heads,
+        scale,
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import library
 from ._checks import FLOATS
-from ._operator import _batched, holds_values, wide_dtype
+from ._operator import _batched, hands_over, holds_values, wide_dtype
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
@@ -56,10 +56,10 @@ _lib.define(f"connectivity_topk({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_co
 
 def _kernel(logits, basis, candidates, *settings):
     """Kernel of last resort: hands over to the compiled library once that is loaded, else runs the definition."""
-    on_cpu = logits.device.type == "cpu"
-    if on_cpu and library.load():
+    device = logits.device.type
+    if hands_over("connectivity_topk", device, ("cpu", "cuda")):
         return torch.ops.vitrail.connectivity_topk(logits, basis, candidates, *settings)
-    if candidates is not None and on_cpu:
+    if candidates is not None and device == "cpu":
         check_candidates_in_range(candidates, basis.shape[1])
     return reference(logits, basis, candidates, *settings)
 
@@ -76,6 +76,29 @@ def _fake(logits, basis, candidates, num_keys, *_):
 @torch.library.register_vmap("vitrail::connectivity_topk", lib=_lib)
 def _vmap(info, in_dims, *args):
     return _batched(torch.ops.vitrail.connectivity_topk, info, in_dims, args, {1}, in_dims[1] is None)
+
+
+# --- which path -------------------------------------------------------------------------------------------------------
+
+# What a block of threads has memory for, as csrc/ops/connectivity_topk.cu says it.
+_MOST_NUMBERS = 24 * 1024
+
+
+def fits_gpu(logits: Tensor, basis: Tensor, candidates: Optional[Tensor]) -> bool:
+    """Whether the GPU kernel takes these arguments; the definition runs where it does not."""
+    rows, keys = basis.shape[0], (basis if candidates is None else candidates).shape[1]
+    return logits.dtype != torch.float64 and max(keys, rows) + 2 * rows <= _MOST_NUMBERS
+
+
+def choose(logits: Tensor, basis: Tensor, candidates: Optional[Tensor], *settings) -> Tensor:
+    """The keys, along the path in force; arguments as the operator has them, checked but for their values."""
+    if library.mode() == "reference":
+        if candidates is not None and holds_values(candidates):
+            check_candidates_in_range(candidates, basis.shape[1])
+        return reference(logits, basis, candidates, *settings)
+    if logits.is_cuda and not fits_gpu(logits, basis, candidates):
+        return reference(logits, basis, candidates, *settings)
+    return torch.ops.vitrail.connectivity_topk(logits, basis, candidates, *settings)
 
 
 # --- the public function ----------------------------------------------------------------------------------------------
@@ -221,9 +244,4 @@ def connectivity_topk(
         )
     _check_tensor("logits", logits, "(B, heads, queries, n)", 4)
     check_choice("logits", logits, logits.shape[3], basis, *settings, candidates)
-    logits, basis = logits.detach(), basis.detach()
-    if library.mode() == "reference":
-        if candidates is not None and holds_values(candidates):
-            check_candidates_in_range(candidates, basis.shape[1])
-        return reference(logits, basis, candidates, *settings)
-    return torch.ops.vitrail.connectivity_topk(logits, basis, candidates, *settings)
+    return choose(logits.detach(), basis.detach(), candidates, *settings)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import library
 from ._checks import check_grid, check_like, check_region_size
+from ._operator import hands_over
 from .regions import concrete, region_count, region_means
 
 
@@ -28,7 +29,7 @@ _lib.define(
 
 def _kernel(q: Tensor, k: Tensor, topk: int, region_size: List[int], kv_region_size: List[int]) -> Tensor:
     """Kernel of last resort: hands over to the compiled library once that is loaded, else runs the definition."""
-    if q.device.type == "cpu" and library.load():
+    if hands_over("region_route", q.device.type, ("cpu", "cuda")):
         return torch.ops.vitrail.region_route(q, k, topk, region_size, kv_region_size)
     return reference(q, k, topk, region_size, kv_region_size)
 
@@ -85,6 +86,7 @@ def region_route(
         return torch.ops.vitrail.region_route(q, k, topk, region_size, kv_region_size)
     region_size, kv_region_size = concrete(region_size), concrete(kv_region_size)
     _check(q, k, topk, region_size, kv_region_size)
-    if library.mode() == "reference":
+    # GPU kernels know no float64
+    if library.mode() == "reference" or (q.is_cuda and q.dtype == torch.float64):
         return reference(q, k, topk, region_size, kv_region_size)
     return torch.ops.vitrail.region_route(q, k, topk, region_size, kv_region_size)

@@ -12,7 +12,6 @@
 namespace vitrail::cuda {
 
 constexpr int kWarpRows = 16;
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // How tokens of up to kWidth channels are cut into tiles.
 template <class S, int kWidth>

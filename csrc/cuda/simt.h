@@ -23,6 +23,7 @@ namespace vitrail::cuda {
 #define VITRAIL_DEVICE __device__ __forceinline__
 
 constexpr int kWarp = 32;
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // --- numbers ---
 
@@ -113,6 +114,28 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t which) {
     uint32_t to = 0;
     for (int i = 0; i < 4; ++i) to |= uint32_t(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return to;
+}
+template <class T, class Op>
+T reduce_on_host(T x, Op op) {
+    T pair[2] = {x, x};
+    emulation::block().together(pair, [op](void** lanes) {
+        T all = *static_cast<T*>(lanes[0]);
+        for (int i = 1; i < kWarp; ++i) all = op(all, *static_cast<T*>(lanes[i]));
+        for (int i = 0; i < kWarp; ++i) static_cast<T*>(lanes[i])[1] = all;
+    });
+    return pair[1];
+}
+template <class T>
+T __reduce_add_sync(unsigned, T x) {
+    return reduce_on_host(x, [](T a, T b) { return a + b; });
+}
+template <class T>
+T __reduce_min_sync(unsigned, T x) {
+    return reduce_on_host(x, [](T a, T b) { return a < b ? a : b; });
+}
+template <class T>
+T __reduce_max_sync(unsigned, T x) {
+    return reduce_on_host(x, [](T a, T b) { return a > b ? a : b; });
 }
 
 #else

@@ -73,7 +73,7 @@ Tensor connectivity_attention(const Tensor& q, const Tensor& k, const Tensor& v,
     kChecks.dtype("offset", offset, compute);
     kChecks.shape("offset", offset, {q.size(0), compressed.size(1), num_heads});
     a.choice =
-        checked_connectivity(kChecks, q.size(0), compressed.size(1), basis, candidates, num_keys,
+        checked_connectivity(kChecks, "q", q, compressed.size(1), basis, candidates, num_keys,
                              num_coefficients, coefficient_threshold, basis_threshold, score_threshold);
     if (a.choice.keys != k.size(1))
         kChecks.fail(candidates ? "candidates" : "basis", " must have the tokens of k, ", k.size(1), ", got ",

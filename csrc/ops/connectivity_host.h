@@ -6,13 +6,14 @@
 
 namespace vitrail {
 
-inline Connectivity checked_connectivity(const Checks& checks, int64_t images, int64_t rows,
-                                         const Tensor& basis, const std::optional<Tensor>& candidates,
+// For the images of `like`, an argument of that name, on its device.
+inline Connectivity checked_connectivity(const Checks& checks, const char* name, const Tensor& like,
+                                         int64_t rows, const Tensor& basis, const Optional& candidates,
                                          int64_t num_keys, int64_t num_coefficients,
                                          double coefficient_threshold, double basis_threshold,
                                          double score_threshold) {
     Connectivity c = {};
-    checks.placed("basis", basis);
+    checks.placed("basis", basis, like, name);
     c.basis_storage = checks.storage("basis", basis);
     if (basis.dim() != 2 || basis.size(0) != rows || rows < 1)
         checks.fail("basis must have one row per logit, shape (", rows, " (at least 1), tokens), got ",
@@ -23,11 +24,11 @@ inline Connectivity checked_connectivity(const Checks& checks, int64_t images, i
     c.rows = rows;
     c.keys = c.tokens = basis.size(1);
     if (candidates) {
-        checks.placed("candidates", *candidates);
+        checks.placed("candidates", *candidates, like, name);
         if (candidates->scalar_type() != ScalarType::Int && candidates->scalar_type() != ScalarType::Long)
             checks.fail("candidates must be int32 or int64, got ", name_of(candidates->scalar_type()));
-        if (candidates->dim() != 2 || candidates->size(0) != images)
-            checks.fail("candidates must have shape (B, keys) = (", images, ", keys), got ",
+        if (candidates->dim() != 2 || candidates->size(0) != like.size(0))
+            checks.fail("candidates must have shape (B, keys) = (", like.size(0), ", keys), got ",
                         shape_of(*candidates));
         c.candidates = candidates->const_data_ptr();
         c.wide_candidates = candidates->scalar_type() == ScalarType::Long;

@@ -94,6 +94,18 @@ class Checks {
         }
     }
 
+    // The same, of what kernels on this device compute in.
+    Storage computed(const char* name, const Tensor& t) const {
+        const Storage type = storage(name, t);
+#if defined(VITRAIL_CUDA)
+        if (type == Storage::kFloat64)
+            fail(name,
+                 " must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes "
+                 "it");
+#endif
+        return type;
+    }
+
     // On the device that the operator is compiled for.
     void placed(const char* name, const Tensor& t) const {
 #if defined(VITRAIL_CUDA) && !defined(VITRAIL_EMULATE)

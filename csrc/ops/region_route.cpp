@@ -1,7 +1,5 @@
-// vitrail::region_route on the CPU: checks, memory, threads, and the choice itself.
-#include "region_route.h"
-
-#include "regions_host.h"
+// vitrail::region_route on the CPU: memory, threads, and the choice itself.
+#include "region_route_host.h"
 
 namespace vitrail {
 namespace {
@@ -81,37 +79,26 @@ void route(Storage storage, const T* q, const T* k, int64_t images, int64_t quer
              });
 }
 
-Tensor region_route(const Tensor& q, const Tensor& k, int64_t topk, const Sizes& region_size,
-                    const Sizes& kv_region_size) {
-    constexpr Checks checks("region_route");
-    const Storage storage = checks.storage("q", q);
-    checks.grid("q", q, q, 1);
-    checks.grid("k", k, q, 1);
-    if (k.size(3) != q.size(3))
-        checks.fail("k must have the channels of q, ", q.size(3), ", got ", k.size(3));
-    const Regions of_q = regions_of(checks, "region_size", q, region_size);
-    const Regions of_k = regions_of(checks, "kv_region_size", k, kv_region_size);
-    if (topk < 1 || topk > of_k.count)
-        checks.fail("topk must lie between 1 and the number of key regions, ", of_k.count, "; got ", topk);
-    Tensor routes = torch::stable::new_empty(q, {q.size(0), of_q.count, topk}, ScalarType::Long);
-    if (routes.numel() == 0) return routes;
-    const int64_t size = storage == Storage::kFloat64 ? sizeof(double) : sizeof(float);
-    const int64_t of_token = q.size(0) * q.size(3) * size;
-    AlignedBuffer q_means(of_q.count * of_token), k_means(of_k.count * of_token);
-    means_of(q, storage, of_q, q_means.data);
-    means_of(k, storage, of_k, k_means.data);
-    const auto run = [&](auto one) {
-        using T = decltype(one);
-        route(storage, static_cast<const T*>(q_means.data), static_cast<const T*>(k_means.data), q.size(0),
-              of_q.count, of_k.count, q.size(3), topk, static_cast<int64_t*>(routes.mutable_data_ptr()));
-    };
-    storage == Storage::kFloat64 ? run(double()) : run(float());
-    return routes;
-}
+struct OnCpu {
+    static void route(const RegionRoute& a, const Tensor& q, const Tensor& k) {
+        const int64_t size = a.storage == Storage::kFloat64 ? sizeof(double) : sizeof(float);
+        const int64_t of_token = q.size(0) * q.size(3) * size;
+        AlignedBuffer q_means(a.q_regions.count * of_token), k_means(a.k_regions.count * of_token);
+        means_of(q, a.storage, a.q_regions, q_means.data);
+        means_of(k, a.storage, a.k_regions, k_means.data);
+        const auto run = [&](auto one) {
+            using T = decltype(one);
+            vitrail::route(a.storage, static_cast<const T*>(q_means.data),
+                           static_cast<const T*>(k_means.data), q.size(0), a.q_regions.count,
+                           a.k_regions.count, q.size(3), a.topk, a.routes);
+        };
+        a.storage == Storage::kFloat64 ? run(double()) : run(float());
+    }
+};
 
 }  // namespace
 }  // namespace vitrail
 
 STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
-    m.impl("region_route", TORCH_BOX(&vitrail::region_route));
+    m.impl("region_route", TORCH_BOX(&vitrail::region_route<vitrail::OnCpu>));
 }

@@ -36,12 +36,16 @@ EXAMPLES = 30 if EMULATED or "ATEN_CPU_CAPABILITY" in os.environ else 100
 
 def operator(name: str) -> Callable[..., Any]:
     """`torch.ops.vitrail.<name>`, on the device that is tested."""
-    op = getattr(torch.ops.vitrail, name)
+    return on_device(getattr(torch.ops.vitrail, name))
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a function of several operators."""
     if DEVICE == "cpu":
-        return op
+        return function
 
     def moved(*arguments: Any) -> Any:
-        results = op(*(_moved(x) if isinstance(x, Tensor) else x for x in arguments))
+        results = function(*(_moved(x) if isinstance(x, Tensor) else x for x in arguments))
         return tuple(x.cpu() for x in results) if isinstance(results, (tuple, list)) else results.cpu()
 
     return moved

@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from vitrail.ops.connectivity_topk import fits_gpu
+
+from .kernels import EXAMPLES, GPU_KERNELS, operator
+from .kernels import TOLERANCE as COMPUTED
+
+BASIS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # of a sum of up to n products, relative to the largest score
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 
@@ -54,8 +59,7 @@ class Case:
         return [logits, basis, candidates, self.num_keys, self.num_coefficients, *thresholds]
 
 
-def choose(*arguments) -> Tensor:
-    return torch.ops.vitrail.connectivity_topk(*arguments)
+choose = operator("connectivity_topk")
 
 
 def scores(
@@ -120,13 +124,17 @@ SHAPES = {
     "candidates above a threshold": Case(candidates=17, num_keys=0, score_threshold=0.3),
     "few scores that are not zero": Case(basis_threshold=2.5),
     "no score that is not zero": Case(basis_threshold=9.0),
+    "whole steps of a warp": Case(1, 1, 9, 32, 128, num_keys=32),
+    "a key more than a step": Case(1, 3, 3, 33, 129, num_keys=128),
+    "more rows than keys": Case(rows=150, tokens=30),
+    "many keys of a few": Case(1, 1, 2, 65, 16384, num_keys=4096),
     "a basis in float64": Case(basis_dtype=torch.float64),
     "a basis in bfloat16": Case(basis_dtype=torch.bfloat16),
     "a basis in float16": Case(basis_dtype=torch.float16),
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", COMPUTED, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chooses_where_the_mixture_is_largest(shape, dtype):
     assert_chooses_the_largest(replace(SHAPES[shape], dtype=dtype).arguments())
@@ -143,13 +151,13 @@ cases = st.builds(
     num_keys=st.integers(1, 20),
     num_coefficients=st.integers(0, 20),
     basis_threshold=st.sampled_from([0.0, 1.0, 2.5]),
-    dtype=st.sampled_from(DTYPES),
-    basis_dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(list(COMPUTED)),
+    basis_dtype=st.sampled_from(BASIS_DTYPES),
     spread=st.sampled_from([0.1, 1.0, 30.0]),
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES * 3 // 2, deadline=None, derandomize=True)
 @given(cases, st.integers(0, 99))
 def test_chooses_where_the_mixture_is_largest_for_any_sizes(case, seed):
     assert_chooses_the_largest(case.arguments(seed))
@@ -277,6 +285,26 @@ def test_a_wrong_argument_is_refused_by_name(message):
 def test_logits_of_no_rows_are_refused():
     with pytest.raises(RuntimeError, match="one row per logit"):
         choose(torch.zeros(1, 1, 1, 0), torch.zeros(0, 5), None, 1, 0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.skipif(not GPU_KERNELS, reason="the CPU takes float64")
+def test_float64_is_refused():
+    arguments = Case(dtype=torch.float64).arguments()
+    with pytest.raises(RuntimeError, match=r"logits must be .* on a GPU, got float64; VITRAIL_OPS=reference"):
+        choose(*arguments)
+
+
+@pytest.mark.skipif(not GPU_KERNELS, reason="the CPU has memory for any number")
+def test_more_than_a_block_of_threads_has_memory_for_is_refused():
+    case = Case(1, 1, 1, 100, 24 * 1024 - 200, num_keys=5)
+    assert fits_gpu(*case.arguments()[:3])
+    assert_chooses_the_largest(case.arguments())
+    arguments = replace(case, tokens=case.tokens + 1).arguments()
+    assert not fits_gpu(*arguments[:3])
+    with pytest.raises(
+        RuntimeError, match="twice the rows must be at most 24576, got 24577; VITRAIL_OPS=reference"
+    ):
+        choose(*arguments)
 
 
 @pytest.mark.parametrize(("position", "name"), [(1, "basis"), (2, "candidates")])

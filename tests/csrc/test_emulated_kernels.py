@@ -22,6 +22,9 @@ OPERATORS = (
     "sparse_attention",
     "channel_attention",
     "strip_mix",
+    "region_route",
+    "connectivity_topk",
+    "connectivity_attention",
 )
 # Of the CPU only: its threads and instruction sets, its allocations, the rounding of its vectors, indices that are
 # looked at before a kernel runs, and all 24 bits of a float (three products in TF32 keep 22).

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from vitrail.ops.region_route import reference
 from vitrail.ops.regions import region_means
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .kernels import EXAMPLES, GPU_KERNELS, TOLERANCE, operator
 
-
-def route(*arguments):
-    return torch.ops.vitrail.region_route(*arguments)
+route = operator("region_route")
 
 
 def grids(batch, grid, kv_grid, channels, dtype, seed=0):
@@ -27,7 +25,7 @@ def grids(batch, grid, kv_grid, channels, dtype, seed=0):
     return [torch.randn(batch, *size, channels, generator=g).to(dtype) for size in (grid, kv_grid)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=EXAMPLES * 3 // 2, deadline=None)
 @given(
     batch=st.integers(1, 3),
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
@@ -35,30 +33,84 @@ def grids(batch, grid, kv_grid, channels, dtype, seed=0):
     channels=st.integers(1, 70),
     region=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     topk=st.integers(1, 81),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(list(TOLERANCE)),
 )
 def test_the_best_regions_come_first(batch, grid, kv_grid, channels, region, topk, dtype):
     q, k = grids(batch, grid, kv_grid or grid, channels, dtype)
-    means = [region_means(x.double(), region) for x in (q, k)]
+    assert_best_come_first(q, k, topk, region, region)
+
+
+def assert_best_come_first(q, k, topk, region, kv_region):
+    means = [region_means(x.double(), size) for x, size in ((q, region), (k, kv_region))]
     scores = means[0] @ means[1].transpose(1, 2)
     topk = min(topk, scores.shape[2])
-    got = route(q, k, topk, region, region)
+    got = route(q, k, topk, region, kv_region)
     assert got.dtype == torch.int64
     assert got.shape == (*scores.shape[:2], topk)
     best = scores.topk(topk, -1).values
-    limit = 1e-13 if dtype == torch.float64 else 2e-6
+    limit = 1e-13 if q.dtype == torch.float64 else 2e-6
     assert (scores.gather(2, got) - best).abs().max() <= limit * scores.abs().max()
     assert all(len(set(row)) == topk for row in got.flatten(0, 1).tolist())
 
 
+@pytest.mark.skipif(GPU_KERNELS, reason="GPU kernels know no float64")
 def test_float64_chooses_as_the_definition_does():
     q, k = grids(2, (28, 28), (28, 28), 64, torch.float64)
     assert torch.equal(route(q, k, 4, (4, 4), (4, 4)), reference(q, k, 4, [4, 4], [4, 4]))
 
 
+# Where a block of threads, a tile of key regions or a step of the products ends on a GPU, and where scores no longer
+# fit into its shared memory.
+EDGES = {
+    "a whole tile of keys": ((3, 3), (8, 8), 32, (1, 1), 64),
+    "a key more than a tile": ((8, 1), (13, 5), 64, (1, 1), 3),
+    "a query region more than a block": ((9, 3), (6, 6), 33, (1, 3), 4),
+    "more key regions than are kept": ((1, 2), (33, 65), 5, (1, 1), 40),
+    "one large region": ((30, 41), (60, 7), 24, (30, 41), 2),
+    "narrow regions": ((16, 12), (16, 12), 40, (16, 1), 5),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", EDGES)
+def test_the_best_regions_come_first_at_the_edges_of_blocks_and_tiles(case, dtype):
+    grid, kv_grid, channels, region, topk = EDGES[case]
+    q, k = grids(2, grid, kv_grid, channels, dtype)
+    assert_best_come_first(q, k, topk, region, region)
+
+
+def test_queries_and_keys_may_have_regions_of_different_size():
+    q, k = grids(2, (7, 9), (12, 5), 16, torch.float32)
+    assert_best_come_first(q, k, 4, (2, 3), (4, 2))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_any_strides_and_addresses_give_the_same_choice(dtype):
+    q, k = (x.contiguous() for x in grids(3, (6, 8), (6, 8), 32, dtype))
+    want = route(q, k, 5, (2, 2), (2, 2))
+    shifted = torch.empty(q.numel() + 1, dtype=dtype)[1:].view(q.shape).copy_(q)
+    for other in (
+        torch.cat([q, q[..., :3]], -1)[..., :32],
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        q.repeat_interleave(2, 2)[:, :, ::2],
+        shifted,
+    ):
+        assert torch.equal(route(other, k, 5, (2, 2), (2, 2)), want)
+    assert torch.equal(route(q[:1].expand(3, -1, -1, -1), k, 5, (2, 2), (2, 2))[0], want[0])
+
+
+def test_an_image_chooses_the_same_alone_and_in_a_batch():
+    q, k = grids(5, (9, 9), (9, 9), 40, torch.float32)
+    want = route(q, k, 7, (3, 2), (3, 2))
+    for b in range(5):
+        assert torch.equal(route(q[b : b + 1], k[b : b + 1], 7, (3, 2), (3, 2))[0], want[b])
+
+
 def test_of_equals_the_first_is_chosen():
     x = torch.ones(1, 4, 4, 3)
     assert route(x, x, 3, (2, 2), (2, 2)).tolist() == [[[0, 1, 2]] * 4]
+    zeros = torch.tensor([0.0, -0.0]).repeat(20).view(1, 1, 40, 1)
+    assert route(x[:, :1, :1, :1], zeros, 40, (1, 1), (1, 1)).tolist() == [[list(range(40))]]
 
 
 def test_what_is_no_number_is_chosen_first_as_torch_does():
@@ -108,6 +160,15 @@ def test_wrong_arguments_are_refused_with_the_rule(case):
         arguments[i] = value
     with pytest.raises(RuntimeError, match=message):
         route(*arguments)
+
+
+@pytest.mark.skipif(not GPU_KERNELS, reason="the CPU takes float64")
+def test_float64_is_refused():
+    q, k = grids(1, (4, 4), (4, 4), 8, torch.float64)
+    with pytest.raises(
+        RuntimeError, match=r"q must be .* on a GPU, got float64; VITRAIL_OPS=reference takes it"
+    ):
+        route(q, k, 2, (2, 2), (2, 2))
 
 
 def test_every_instruction_set_matches_the_definition(lesser_instruction_set):
