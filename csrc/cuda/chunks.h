@@ -9,10 +9,6 @@
 
 namespace vitrail::cuda {
 
-struct alignas(16) Chunk {
-    uint32_t words[4];
-};
-
 template <class S>
 constexpr int kChunkGroups = 16 / int(sizeof(S));
 constexpr int kStep = 8;  // the depth of one product

@@ -20,14 +20,6 @@ VITRAIL_DEVICE float number_of(int order) {
     return float_of(uint32_t(order ^ (order >> 31 & INT_MAX)));
 }
 
-// In all lanes the same bits: both of a pair add the same two numbers.
-template <class Op>
-VITRAIL_DEVICE float across_warp(float x, Op op) {
-#pragma unroll
-    for (int bit = kWarp / 2; bit > 0; bit /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, bit));
-    return x;
-}
-
 VITRAIL_DEVICE unsigned lanes_below() {
     return (1u << lane()) - 1u;
 }

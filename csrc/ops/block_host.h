@@ -21,7 +21,7 @@ inline void set_inputs(const Checks& checks, const Tensor& q, const Tensor& k, c
     a.head_dim = q.size(3) / heads;
     a.value_dim = v.size(3) / heads;
     a.scale = scale;
-    checks.fits_device(a.storage, a.head_dim, a.value_dim);
+    checks.channels(a.head_dim, a.value_dim);
     a.q = grid_of(q);
     a.k[0] = grid_of(k);
     a.v[0] = grid_of(v);

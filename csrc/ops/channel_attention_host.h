@@ -27,7 +27,7 @@ inline ChannelAttention channel_arguments(const Checks& checks, const Tensor& q,
     a.heads = num_heads;
     a.head_dim = q.size(3) / num_heads;
     a.scale = scale;
-    checks.fits_device(a.storage, a.head_dim, a.head_dim);
+    checks.channels(a.head_dim, a.head_dim);
     a.q = grid_of(q);
     a.k = grid_of(k);
     a.v = grid_of(v);

@@ -79,7 +79,14 @@ class Checks {
         throw Error(message.str());
     }
 
+    // What kernels on this device compute in.
     Storage storage(const char* name, const Tensor& t) const {
+#if defined(VITRAIL_CUDA)
+        if (t.scalar_type() == ScalarType::Double)
+            fail(name,
+                 " must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes "
+                 "it");
+#endif
         switch (t.scalar_type()) {
             case ScalarType::Float:
                 return Storage::kFloat32;
@@ -92,18 +99,6 @@ class Checks {
             default:
                 fail(name, " must be float32, float64, bfloat16 or float16, got ", name_of(t.scalar_type()));
         }
-    }
-
-    // The same, of what kernels on this device compute in.
-    Storage computed(const char* name, const Tensor& t) const {
-        const Storage type = storage(name, t);
-#if defined(VITRAIL_CUDA)
-        if (type == Storage::kFloat64)
-            fail(name,
-                 " must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes "
-                 "it");
-#endif
-        return type;
     }
 
     // On the device that the operator is compiled for.
@@ -140,15 +135,10 @@ class Checks {
         if (num_heads < 1) fail("num_heads must be at least 1, got ", num_heads);
     }
 
-    // What the kernels of attention take on this device.
-    void fits_device([[maybe_unused]] Storage storage, [[maybe_unused]] int64_t head_dim,
-                     [[maybe_unused]] int64_t value_dim) const {
+    // Of a head, as far as tiles of attention have room on this device.
+    void channels([[maybe_unused]] int64_t head_dim, [[maybe_unused]] int64_t value_dim) const {
 #if defined(VITRAIL_CUDA)
         constexpr int64_t kWidest = 64;
-        if (storage == Storage::kFloat64)
-            fail(
-                "q must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes "
-                "it");
         if (head_dim > kWidest || value_dim > kWidest)
             fail("q and v must have at most ", kWidest, " channels for each head on a GPU, got ", head_dim,
                  " and ", value_dim, "; VITRAIL_OPS=reference takes more");

@@ -38,9 +38,6 @@ inline Storage check(const Checks& checks, const Tensor& x, const Tensor& weight
         checks.fail("weight is too large, got shape ", shape_of(weight));
     if (vector * places * strips > 0x1p62) checks.fail("x is too large, got shape ", shape_of(x));
 #if defined(VITRAIL_CUDA)
-    if (storage == Storage::kFloat64)
-        checks.fail(
-            "x must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes it");
     if (double(x.size(0)) * double(x.size(3 - axis)) * double(channels / groups) > double(kMaxExtent))
         checks.fail("x must have at most ", kMaxExtent,
                     " strips on a GPU, those of all images and patches together, got shape ", shape_of(x),

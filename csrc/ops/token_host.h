@@ -17,7 +17,7 @@ void set_tokens(const Checks& checks, const Tensor& q, const Tensor& k, const Te
     if (k.size(2) != q.size(2))
         checks.fail("k must have the channels of q, ", q.size(2), ", got ", k.size(2));
     if (v.size(1) != k.size(1)) checks.fail("v must have the tokens of k, ", k.size(1), ", got ", v.size(1));
-    checks.fits_device(a.storage, q.size(2) / num_heads, v.size(2) / num_heads);
+    checks.channels(q.size(2) / num_heads, v.size(2) / num_heads);
     a.q = tokens_of(q);
     a.k = tokens_of(k);
     a.v = tokens_of(v);
