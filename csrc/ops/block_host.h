@@ -9,7 +9,7 @@ namespace vitrail {
 // Checks queries, keys and values, and fills in what is common to the operators but the outputs.
 inline void set_inputs(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
                        double scale, BlockAttention& a) {
-    a.storage = checks.storage("q", q);
+    a.storage = checks.computed("q", q);
     checks.heads(heads);
     checks.grid("q", q, q, heads);
     checks.grid("k", k, q, heads);

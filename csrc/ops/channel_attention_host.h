@@ -12,7 +12,7 @@ namespace vitrail {
 inline ChannelAttention channel_arguments(const Checks& checks, const Tensor& q, const Tensor& k,
                                           const Tensor& v, int64_t num_heads, double scale) {
     ChannelAttention a = {};
-    a.storage = checks.storage("q", q);
+    a.storage = checks.computed("q", q);
     checks.heads(num_heads);
     checks.grid("q", q, q, num_heads);
     const auto check_like_q = [&](const char* name, const Tensor& t) {

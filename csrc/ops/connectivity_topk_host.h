@@ -13,7 +13,7 @@ Tensor connectivity_topk(const Tensor& logits, const Tensor& basis, const Option
                          double basis_threshold, double score_threshold) {
     constexpr Checks checks("connectivity_topk");
     ConnectivityTopk a = {};
-    a.storage = checks.storage("logits", logits);
+    a.storage = checks.computed("logits", logits);
     if (logits.dim() != 4)
         checks.fail("logits must have 4 dimensions (B, heads, queries, n), got shape ", shape_of(logits));
     a.choice =

@@ -79,14 +79,7 @@ class Checks {
         throw Error(message.str());
     }
 
-    // What kernels on this device compute in.
     Storage storage(const char* name, const Tensor& t) const {
-#if defined(VITRAIL_CUDA)
-        if (t.scalar_type() == ScalarType::Double)
-            fail(name,
-                 " must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes "
-                 "it");
-#endif
         switch (t.scalar_type()) {
             case ScalarType::Float:
                 return Storage::kFloat32;
@@ -99,6 +92,17 @@ class Checks {
             default:
                 fail(name, " must be float32, float64, bfloat16 or float16, got ", name_of(t.scalar_type()));
         }
+    }
+
+    // The same, of what kernels on this device compute in.
+    Storage computed(const char* name, const Tensor& t) const {
+#if defined(VITRAIL_CUDA)
+        if (t.scalar_type() == ScalarType::Double)
+            fail(name,
+                 " must be float32, bfloat16 or float16 on a GPU, got float64; VITRAIL_OPS=reference takes "
+                 "it");
+#endif
+        return storage(name, t);
     }
 
     // On the device that the operator is compiled for.

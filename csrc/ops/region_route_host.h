@@ -19,7 +19,7 @@ Tensor region_route(const Tensor& q, const Tensor& k, int64_t topk, const Sizes&
                     const Sizes& kv_region_size) {
     constexpr Checks checks("region_route");
     RegionRoute a = {};
-    a.storage = checks.storage("q", q);
+    a.storage = checks.computed("q", q);
     checks.grid("q", q, q, 1);
     checks.grid("k", k, q, 1);
     if (k.size(3) != q.size(3))

@@ -18,7 +18,7 @@ inline Storage check(const Checks& checks, const Tensor& x, const Tensor& weight
                      int64_t axis) {
     if (axis != 1 && axis != 2) checks.fail("axis must be 1 or 2, got ", axis);
     checks.grid("x", x);
-    const Storage storage = checks.storage("x", x);
+    const Storage storage = checks.computed("x", x);
     checks.placed("weight", weight, x, "x");
     checks.dtype("weight", weight, x.scalar_type());
     const int64_t length = x.size(axis), channels = x.size(3);

@@ -9,7 +9,7 @@ namespace vitrail {
 template <class Arguments>
 void set_tokens(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads,
                 double scale, Arguments& a) {
-    a.storage = checks.storage("q", q);
+    a.storage = checks.computed("q", q);
     checks.heads(num_heads);
     checks.tokens("q", q, q, num_heads);
     checks.tokens("k", k, q, num_heads);

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitrail.ops.connectivity_attention import composed
 
-from .kernels import EXAMPLES, GPU_KERNELS, TOLERANCE, on_device, operator
+from .kernels import EXAMPLES, GPU_KERNELS, TOLERANCE, WIDE, on_device, operator
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ SHAPES = {
     "fewer queries than keys": Case(queries=9),
     "one token in all": Case(1, 1, 1, 1, 1, 3, 5, num_keys=1, num_dense=0),
     "the class token alone": Case(1, 1, 1, 1, 1, 3, 5, num_keys=1),
-    "values wider than keys": Case(heads=3, head_dim=5, value_dim=70),
-    "keys wider than values": Case(heads=3, head_dim=67, value_dim=6),
+    "values wider than keys": Case(heads=3, head_dim=5, value_dim=WIDE),
+    "keys wider than values": Case(heads=3, head_dim=WIDE, value_dim=6),
     "all keys": Case(num_keys=41),
     "one key": Case(num_keys=1),
     "all coefficients": Case(num_coefficients=0),
