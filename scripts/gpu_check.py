@@ -374,14 +374,15 @@ def phases(args: argparse.Namespace, operators: Sequence[str], chosen: str, core
             "all models, inference", benchmark("models", *amp, "--models", *OTHER_MODELS), 60, read_benchmark
         ),
     ]  # fmt: skip
-    sanitizer = args.sanitizer
-    if sanitizer:
+    if args.sanitizer:
         for tool in ("memcheck", "racecheck"):
             command = (
-                sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=vitrail",
+                *args.sanitizer, "--tool", tool, "--error-exitcode", "9",
                 *pytest, "-n0", "-k", "tiny", "tests/gpu/test_operators.py",
             )  # fmt: skip
-            found.append(Phase(f"compute-sanitizer, {tool}", command, 60, read_sanitizer, 20, single))
+            # so that every tensor is an allocation of its own
+            alone = (*single, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"))
+            found.append(Phase(f"compute-sanitizer, {tool}", command, 60, read_sanitizer, 20, alone))
     return found
 
 
@@ -530,11 +531,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer, where CUDA's toolkit has it."""
+def find_sanitizer() -> tuple[str, ...]:
+    """compute-sanitizer, where CUDA's toolkit has it, and what makes it look at our kernels alone, where it can."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     candidates = ("compute-sanitizer", f"{home}/bin/compute-sanitizer")
-    return next((path for x in candidates if (path := shutil.which(x))), None)
+    path = next((path for x in candidates if (path := shutil.which(x))), None)
+    if path is None:
+        return ()
+    helped = execute([path, "--help"], 20, dict(os.environ))
+    return (path, "--kernel-regex", "kns=vitrail") if "--kernel-regex" in helped.output else (path,)
 
 
 def environment(seed: int) -> dict[str, str]:
@@ -577,8 +582,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"{torch.cuda.get_device_name()}, {cores} cores, seed {seed}")
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         todo = phases(args, operators, chosen, cores)
-        outcomes = run_phases(todo, budget, Path(folder), env, say)
-        if args.sanitizer is None and not args.quick:
+        outcomes = []
+        if os.environ.get("VITRAIL_CUDA_LIBRARY"):
+            todo = [phase for phase in todo if phase.needs_kernels]
+            outcomes.append(Outcome("build", SKIPPED, reason="VITRAIL_CUDA_LIBRARY names a library"))
+        outcomes += run_phases(todo, budget, Path(folder), env, say)
+        if not args.sanitizer and not args.quick:
             outcomes.append(Outcome("compute-sanitizer", SKIPPED, reason="it is not installed"))
         described = execute([sys.executable, __file__, "--describe"], 60, {**env, "VITRAIL_BUILD": "0"})
     try:

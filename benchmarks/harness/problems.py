@@ -22,6 +22,10 @@ FUSED, REFERENCE, COMPILED = "fused", "reference", "reference, compiled"
 class Disagreement(Exception):
     """Candidates that should compute the same do not: nothing is timed then."""
 
+    def __init__(self, candidate: str, text: str) -> None:
+        super().__init__(f"{candidate} {text}")
+        self.candidate = candidate
+
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
@@ -165,7 +169,7 @@ def check(problem: Problem, candidates: Mapping[str, Run], training: bool) -> di
         errors[name] = max(found)
         if not found[0] <= limit or not errors[name] <= 3 * limit:
             what = "results and gradients" if training else "results"
-            raise Disagreement(f"{name} computes something else: errors of {what} against {base}: {found}")
+            raise Disagreement(name, f"computes something else: errors of {what} against {base}: {found}")
     return errors
 
 

@@ -212,14 +212,29 @@ def test_a_formulation_that_fails_is_named_and_the_others_measured(run, operator
     assert "CUDA out of memory" in row["missing"]["partition + SDPA"]
 
 
-def test_a_row_that_disagrees_fails_and_the_others_are_measured(run, operators, gpu, monkeypatch):
+def test_a_formulation_that_computes_something_else_is_not_timed(run, operators, gpu, monkeypatch):
     monkeypatch.setattr(operators.attention, "_window_sdpa", lambda qkv, **_: qkv[..., :384])
+    (row,) = run(operators, *ONE, "--passes", "forward", "--json").document["rows"]
+    assert list(row["candidates"]) == ["fused", "reference"]
+    assert "partition + SDPA computes something else" in row["missing"]["partition + SDPA"]
+
+
+def test_an_operator_that_computes_something_else_fails_and_the_others_are_measured(
+    run, operators, gpu, monkeypatch
+):
+    def wrong(problem, *args):
+        if problem.leaves[0].shape[1:3] == (6, 6) and len(problem.leaves) == 1:
+            raise problems.Disagreement("fused", "computes something else")
+        return right(problem, *args)
+
+    right = problems.check
+    monkeypatch.setattr(operators, "check", wrong)
     result = run(operators, *ONE, "--only", "semantic tokens", "semantic_attention", "--json")
     assert result.code == 1
     document = result.document
     assert {row["operator"] for row in document["rows"]} == {"semantic_attention"}
     assert len(document["failed"]) == 2
-    assert "partition + SDPA computes something else" in document["failed"][0]
+    assert "fused computes something else" in document["failed"][0]
 
 
 def test_what_cannot_be_a_graph_is_measured_eagerly(run, operators, gpu, monkeypatch):

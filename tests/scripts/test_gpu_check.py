@@ -43,9 +43,9 @@ def test_a_command_that_takes_too_long_ends_with_all_that_it_started(tmp_path):
     print("so far", flush=True)
     time.sleep(60)
     """
-    found = gpu_check.execute([*FAST, textwrap.dedent(code)], 2, dict(os.environ))
+    found = gpu_check.execute([*FAST, textwrap.dedent(code)], 8, dict(os.environ))
     assert found.status is None
-    assert found.seconds < 20
+    assert found.seconds < 40
     assert found.output == "so far\n"
     child = Path("/proc", (tmp_path / "pid").read_text())
     assert not child.exists() or "zombie" in (child / "status").read_text()
@@ -164,6 +164,21 @@ def test_compute_sanitizer_is_read(end, outcome, reason):
     assert reason in found[1]
 
 
+@pytest.mark.parametrize(("helps", "filtered"), [("--kernel-regex arg", True), ("--filter arg", False)])
+def test_compute_sanitizer_looks_at_our_kernels_where_it_can(tmp_path, monkeypatch, helps, filtered):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '{helps}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert gpu_check.find_sanitizer() == (str(tool), *(("--kernel-regex", "kns=vitrail") if filtered else ()))
+
+
+def test_compute_sanitizer_need_not_be_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_check.find_sanitizer() == ()
+
+
 # --- phases -----------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +222,7 @@ def test_nothing_is_measured_without_kernels(tmp_path):
 def commands():
     """A function that gives the commands of a run with some options, by phase."""
 
-    def make(*options, sanitizer=None):
+    def make(*options, sanitizer=()):
         args = gpu_check.parse(options)
         args.sanitizer = sanitizer
         operators, chosen = gpu_check.operators_tested()
@@ -241,12 +256,15 @@ def test_the_benchmarks_understand_what_they_are_told(commands, options, monkeyp
 
 def test_the_tests_that_are_run_are_there(commands):
     named = [
-        word for command in commands(sanitizer="cs").values() for word in command if word.startswith("tests/")
+        word
+        for command in commands(sanitizer=("cs",)).values()
+        for word in command
+        if word.startswith("tests/")
     ]
     assert "tests/gpu" in named
     assert "tests/csrc/test_window_attention.py" in named
     assert all((ROOT / word).exists() for word in named)
-    assert any("racecheck" in command for command in commands(sanitizer="cs").values())
+    assert any("racecheck" in command for command in commands(sanitizer=("cs",)).values())
     assert not any("racecheck" in command for command in commands().values())
 
 
@@ -307,6 +325,18 @@ def test_what_was_left_out_is_named(pretend, tmp_path, capsys):
     assert gpu_check.main(["--out", str(tmp_path / "gpu.json")]) == 0
     assert "not done: figures: " in capsys.readouterr().out
     assert "figures" in json.loads((tmp_path / "gpu.json").read_text())["not_done"]
+
+
+def test_a_library_that_is_named_need_not_be_built(pretend, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITRAIL_CUDA_LIBRARY", "some.so")
+    pretend(
+        phase("build", "raise SystemExit(1)", gpu_check.read_build, needs_kernels=False),
+        phase("figures", WRITE),
+    )
+    assert gpu_check.main(["--out", str(tmp_path / "gpu.json")]) == 0
+    first, second, *_ = json.loads((tmp_path / "gpu.json").read_text())["phases"]
+    assert (first["name"], first["outcome"]) == ("build", "skipped")
+    assert second["outcome"] == "passed"
 
 
 def test_a_file_that_cannot_be_written_is_named_before_anything_runs(pretend, capsys):
@@ -383,6 +413,7 @@ def test_other():
 LOST = "import outcome_log\noutcome_log.gpu_answers = lambda: False\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lost", [False, True], ids=["a failure", "the GPU is lost"])
 def test_outcomes_are_written_as_they_come(tmp_path, lost):
     (tmp_path / "test_some.py").write_text(TESTS)
@@ -406,6 +437,7 @@ def test_outcomes_are_written_as_they_come(tmp_path, lost):
         assert "two is wrong" in found["failed"][0]["reason"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_its_tests_are_skipped_with_the_reason():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/gpu"]
