@@ -166,6 +166,7 @@ def measure_all(
             steps.step(f"{name}: building, comparing")
             if not args.limit.allows(name):
                 continue
+            begun = len(rows)
             try:
                 group = build_group(
                     name,
@@ -181,6 +182,10 @@ def measure_all(
                 for batch in args.batch:
                     steps.step(f"{name}, batch {batch}")
                     rows += measure(group, batch, args)
+            except options.TimeIsUp:
+                del rows[begun:]
+                args.limit.stop(name)
+                continue
             except (JobFailed, RuntimeError) as error:
                 if args.device == "cpu":
                     raise
@@ -320,6 +325,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         parser.error(
             "--memory measures inference and training, both eager: leave --training and --compile out"
         )
+    if args.memory and args.time_limit is not None:
+        parser.error("--memory measures in processes of their own: leave --time-limit out")
     if args.memory and len(args.batch or ()) > 1:
         parser.error("--memory takes one batch size")
     return parser, args
@@ -361,11 +368,11 @@ def main(arguments: list[str] | None = None) -> int:
     checkouts = find_peers(args, parser)
 
     def job(terminal: Terminal) -> int:
-        args.limit = options.TimeLimit(args.time_limit)
         work: Callable[..., tuple[dict[str, Any], list[Table], bool]]
         work = measure_memory if args.memory else measure_all
         try:
-            results, tables, ok = work(terminal, args, checkouts)
+            with options.TimeLimit(args.time_limit) as args.limit:
+                results, tables, ok = work(terminal, args, checkouts)
         except SizeError as error:
             raise UsageError(str(error)) from error
         peers = {

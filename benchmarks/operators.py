@@ -377,10 +377,13 @@ def run_check(
             steps.step(str(place))
             if not args.limit.allows(str(place)):
                 continue
-            rows.append(measure(place, args, args.min_seconds))
+            try:
+                rows.append(measure(place, args, args.min_seconds))
+                if slower(place, rows[-1], args):
+                    failed.append(str(place))
+            except options.TimeIsUp:
+                args.limit.stop(str(place))
             device.free(args.device)
-            if slower(place, rows[-1], args):
-                failed.append(str(place))
     return rows, failed
 
 
@@ -399,6 +402,9 @@ def run_all(
                 continue
             try:
                 rows.append(measure(place, args, args.min_seconds))
+            except options.TimeIsUp:
+                args.limit.stop(str(place))
+                continue
             except (JobFailed, RuntimeError) as error:
                 if args.device == "cpu":
                     raise
@@ -477,11 +483,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     def job(terminal: Terminal) -> int:
         failed: list[str] = []
-        args.limit = options.TimeLimit(args.time_limit)
-        if args.check:
-            rows, failed = run_check(terminal, args, named)
-        else:
-            rows, failed = run_all(terminal, args, named)
+        with options.TimeLimit(args.time_limit) as args.limit:
+            work = run_check if args.check else run_all
+            rows, failed = work(terminal, args, named)
         document: dict[str, Any] = {
             "benchmark": "operators",
             **machine(),

@@ -129,14 +129,14 @@ class Phase:
     limit: float
     read: Callable[[Ended, Path], tuple[str, str, Any]]
     """From how it ended and the file that it may have written to outcome, reason and findings."""
-    least: float = 15.0
+    least: float = 25.0
     env: tuple[tuple[str, str], ...] = ()
     needs_kernels: bool = True
 
 
 def fill(command: Sequence[str], seconds: float, target: Path) -> list[str]:
-    """The command with its time, less what it takes to begin and to end, and the file that it writes."""
-    inner = f"{max(1.0, seconds - 12):.0f}"
+    """The command with its time, less what it takes to begin, to give up and to end, and the file that it writes."""
+    inner = f"{max(1.0, seconds - 20):.0f}"
     return [part.replace("{seconds}", inner).replace("{target}", str(target)) for part in command]
 
 
@@ -367,7 +367,7 @@ def phases(args: argparse.Namespace, operators: Sequence[str], chosen: str, core
             "operators, float32", benchmark("operators", *fast, "--passes", "forward"), 50, read_benchmark
         ),
         Phase(
-            "FlexAttention", benchmark("operators", "--dtype", "bfloat16", "--flex", *fast, "--only", *FLEX),
+            "FlexAttention and torch.compile", benchmark("operators", "--dtype", "bfloat16", "--flex", "--compile", *fast, "--only", *FLEX),
             75, read_benchmark,
         ),
         Phase(
@@ -440,6 +440,16 @@ def describe() -> dict[str, Any]:
         "machine": about["machine"],
         "kernels": kernels,
     }
+
+
+def described_in(output: str) -> dict[str, Any] | None:
+    """What `describe` found, in what its process said."""
+    for row in reversed(output.splitlines()):
+        if row.startswith("{"):
+            with contextlib.suppress(ValueError):
+                found: dict[str, Any] = json.loads(row)
+                return found
+    return None
 
 
 def commit() -> dict[str, Any]:
@@ -590,10 +600,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not args.sanitizer and not args.quick:
             outcomes.append(Outcome("compute-sanitizer", SKIPPED, reason="it is not installed"))
         described = execute([sys.executable, __file__, "--describe"], 60, {**env, "VITRAIL_BUILD": "0"})
-    try:
-        about = json.loads(described.output.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        about = {"gpu": {"name": torch.cuda.get_device_name()}, "not_described": tail(described.output)}
+    about = described_in(described.output) or {
+        "gpu": {"name": torch.cuda.get_device_name()}, "versions": {"torch": torch.__version__},
+        "not_described": tail(described.output),
+    }  # fmt: skip
     found = document(about, outcomes, seed, list(arguments or sys.argv[1:]), time.monotonic() - begun)
     write(target, found)
     say(summary(found, outcomes))

@@ -1,6 +1,7 @@
 """Command lines: what both benchmarks take, and how they end."""
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--time-limit",
         type=positive_number,
         metavar="S",
-        help="begin no further row after so many seconds; the results say what was left out",
+        help="begin no further row after so many seconds, and give up one that takes longer; the results name them",
     )
     made.add_argument("--compile", action="store_true", help="add candidates under torch.compile")
     made.add_argument(
@@ -68,12 +69,35 @@ def output(given: str | None, stem: str, complete: bool, made: argparse.Argument
         made.error(f"--output: {error}")
 
 
+class TimeIsUp(BaseException):
+    """Raised in a row that takes longer than there is time: not an error that a row might handle."""
+
+
 class TimeLimit:
-    """Whether another row may begin, and which ones did not."""
+    """Whether another row may begin, and which ones did not, or did not end; to be entered around all rows."""
+
+    GRACE = 6.0
+    """Seconds that a row may take longer."""
 
     def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
         self._end = None if seconds is None else time.monotonic() + seconds
         self.left_out: list[str] = []
+
+    def __enter__(self) -> "TimeLimit":
+        if self._seconds is not None:
+            self._before = signal.signal(signal.SIGALRM, self._ring)
+            signal.setitimer(signal.ITIMER_REAL, self._seconds + self.GRACE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+
+    @staticmethod
+    def _ring(*_: object) -> None:
+        raise TimeIsUp
 
     def allows(self, row: str) -> bool:
         """Asked before a row; remembers those that it refuses."""
@@ -82,8 +106,9 @@ class TimeLimit:
         self.left_out.append(row)
         return False
 
-    def stop(self) -> None:
-        """No further row may begin."""
+    def stop(self, *unfinished: str) -> None:
+        """No further row may begin, and these did not end."""
+        self.left_out += unfinished
         self._end = time.monotonic()
 
 

@@ -124,7 +124,8 @@ def gpu(monkeypatch, operators):
     monkeypatch.setattr("harness.options.require", lambda _: None)
     load = library.load
     monkeypatch.setattr(library, "load", lambda *_: load("cpu"))
-    monkeypatch.setattr(device, "describe", lambda: {"name": "pretended"})
+    about = {"name": "pretended", "driver": "1.2", "torch_cuda": "13.0"}
+    monkeypatch.setattr(device, "describe", lambda: about)
     monkeypatch.setattr(problems.Setting, "compiled", lambda self, training, where: True)
 
 
@@ -182,7 +183,7 @@ def test_a_row_on_a_gpu_says_how_far_it_is_from_the_roofline(run, operators, gpu
     result = run(operators, *ONE, "--json")
     assert result.code == 0, result.err
     document = result.document
-    assert document["gpu"] == {"name": "pretended"}
+    assert document["gpu"]["name"] == "pretended"
     forward, training = document["rows"]
     assert (forward["kind"], training["kind"]) == ("forward", "training")
     for row in document["rows"]:
@@ -197,7 +198,14 @@ def test_a_row_on_a_gpu_says_how_far_it_is_from_the_roofline(run, operators, gpu
             assert candidate["error"] < 1e-4
     assert training["bytes"] > forward["bytes"]
     text = run(operators, *ONE, "--passes", "forward").out
-    for heading in ("fused eager", "graph", "of roofline", "bound", "peak MiB"):
+    for heading in (
+        "pretended, driver 1.2, CUDA 13.0; torch",
+        "fused eager",
+        "graph",
+        "of roofline",
+        "bound",
+        "peak MiB",
+    ):
         assert heading in text
 
 
@@ -253,6 +261,35 @@ def test_a_definition_that_does_not_fit_leaves_the_others_to_compare(operators):
     without = {name: run for name, run in todo.items() if name != problems.REFERENCE}
     assert problems.check(problem, without, training=False)["fused"] < 1e-4
     assert problems.check(problem, {"fused": todo["fused"]}, training=False) == {}
+
+
+def test_a_row_that_takes_too_long_is_given_up_and_the_others_are_kept(run, operators, gpu, monkeypatch):
+    monkeypatch.setattr(operators.options.TimeLimit, "GRACE", 0.0)
+    right = operators.measure_on_gpu
+
+    def slow(place, *args):
+        while place.training:
+            pass
+        return right(place, *args)
+
+    monkeypatch.setattr(operators, "measure_on_gpu", slow)
+    document = run(operators, *ONE, "--time-limit", 6, "--json").document
+    assert [row["kind"] for row in document["rows"]] == ["forward"]
+    assert document["left_out"] == [
+        "window_attention, stvit_r_swin_small, semantic tokens, batch 64, training"
+    ]
+
+
+def test_a_model_that_takes_too_long_is_given_up(run, models, monkeypatch):
+    monkeypatch.setattr(models.options.TimeLimit, "GRACE", 0.0)
+
+    def slow(*_):
+        while True:
+            pass
+
+    monkeypatch.setattr(models, "build_group", slow)
+    document = run(models, "--models", "biformer_pico", "--time-limit", 1, "--json").document
+    assert (document["rows"], document["left_out"]) == ([], ["biformer_pico"])
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

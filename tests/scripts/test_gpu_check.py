@@ -183,7 +183,7 @@ def test_compute_sanitizer_need_not_be_there(tmp_path, monkeypatch):
 
 
 def phase(name, code, read=gpu_check.read_benchmark, **more):
-    return Phase(name, (*FAST, code, "{target}", "{seconds}"), 20, read, **more)
+    return Phase(name, (*FAST, code, "{target}", "{seconds}"), 30, read, **more)
 
 
 WRITE = "import sys, json; json.dump({'rows': [sys.argv[2]]}, open(sys.argv[1], 'w'))"
@@ -199,10 +199,10 @@ def test_phases_run_within_their_time_and_leave_results(tmp_path):
     ]
     found = gpu_check.run_phases(todo, Budget(1100), tmp_path, dict(os.environ), said.append)
     assert [o.outcome for o in found] == ["passed", "passed", "failed", "left out"]
-    assert found[1].found == {"rows": ["8"]}  # of its 20 seconds, those that a benchmark may begin rows in
+    assert found[1].found == {"rows": ["10"]}  # of its 30 seconds, those that a benchmark may begin rows in
     assert found[2].reason == "no"
     assert "few beside what comes later" in found[3].reason
-    assert "==> figures (up to 20 s)" in said
+    assert "==> figures (up to 30 s)" in said
     assert not any(str(tmp_path) in part for o in found for part in o.command)
 
 
@@ -244,7 +244,7 @@ def test_the_benchmarks_understand_what_they_are_told(commands, options, monkeyp
             if command[1] == f"benchmarks/{module.__name__}.py":
                 _, args = module.parse(command[2:])
                 measured += 1
-                assert (args.device, args.output, args.time_limit) == ("cuda", "x.json", 48)
+                assert (args.device, args.output, args.time_limit) == ("cuda", "x.json", 40)
                 for text in getattr(args, "only", None) or ():
                     rows = [
                         s for s in operators.SETTINGS if text in f"{s.operator}, {s.name}" and s.gpu_batch
@@ -303,7 +303,7 @@ def test_everything_is_written_in_one_file(pretend, tmp_path, capsys):
     assert (found["passed"], found["seed"], found["gpu"]["name"]) == (True, 7, "NVIDIA H200")
     assert len(found["commit"]) == 40
     assert [p["name"] for p in found["phases"]][:2] == ["build", "figures"]
-    assert found["phases"][1]["found"] == {"rows": ["8"]}
+    assert found["phases"][1]["found"] == {"rows": ["10"]}
     said = capsys.readouterr().out
     assert "without a kernel, so run by their definitions: strip_mix" in said
     assert "all passed" in said
@@ -355,6 +355,11 @@ def test_the_old_file_stays_whole_where_the_new_one_fails(tmp_path, monkeypatch)
         gpu_check.write(target, {"x": 1})
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+
+
+def test_a_description_is_found_among_what_else_was_said():
+    assert gpu_check.described_in('a warning\n{"gpu": 1}\nanother {\n') == {"gpu": 1}
+    assert gpu_check.described_in("{broken\n") is None
 
 
 def test_a_gpu_has_a_file_of_its_own():
