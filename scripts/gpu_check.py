@@ -367,8 +367,9 @@ def phases(args: argparse.Namespace, operators: Sequence[str], chosen: str, core
             "operators, float32", benchmark("operators", *fast, "--passes", "forward"), 50, read_benchmark
         ),
         Phase(
-            "FlexAttention and torch.compile", benchmark("operators", "--dtype", "bfloat16", "--flex", "--compile", *fast, "--only", *FLEX),
-            75, read_benchmark,
+            "FlexAttention and torch.compile",
+            benchmark("operators", "--dtype", "bfloat16", "--flex", "--compile", *fast, "--only", *FLEX),
+            90, read_benchmark,
         ),
         Phase(
             "all models, inference", benchmark("models", *amp, "--models", *OTHER_MODELS), 60, read_benchmark
