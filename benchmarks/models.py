@@ -9,6 +9,7 @@ repositories in a folder that you name; nothing of it is here.
     python benchmarks/models.py --peers ~/peers --training
     python benchmarks/models.py --peers ~/peers --memory      # biformer_small at 896 x 896
     python benchmarks/models.py --models sparsifiner_small --size 1024
+    python benchmarks/models.py --device cuda --amp --training   # on an NVIDIA GPU
 """
 
 import argparse
@@ -20,11 +21,11 @@ from typing import Any
 
 import torch
 
-from harness import footprint, options
+from harness import device, footprint, options
 from harness.networks import FUSED, INFERENCE, NETWORKS, Group, build_group, runs
 from harness.peers import PEERS, Checkout, PeerError, find_checkouts
 from harness.report import Table, machine, mebibytes, milliseconds, publish, ratio
-from harness.timing import GEMM, alternate, gemm, gemm_rate
+from harness.timing import GEMM, GEMM_SIDE, alternate, gemm, gemm_rate, wall_clock
 from vitrail.catalog import SizeError, check_model_name, default_size
 from vitrail.cli.terminal import JobFailed, Terminal, UsageError, at_least
 
@@ -58,21 +59,36 @@ class Row:
     """Of logits (in training, of the loss) against the definition; None where another network is compared."""
 
 
+@dataclass
+class GpuRow(Row):
+    """The same on a GPU."""
+
+    amp: bool
+    """Whether autocast to bfloat16 was in force."""
+    peak_bytes: int
+    """Of PyTorch's allocator, above what was there before the run: weights, and in training their gradients."""
+
+
 def measure(group: Group, batch: int, args: argparse.Namespace) -> list[Row]:
     """Time the candidates of a network."""
     dtype = options.DTYPES[args.dtype]
+    product = gemm(torch.bfloat16 if args.amp else dtype, args.device)
+    on_gpu = args.device != "cpu"
+    clock = device.eager_clock if on_gpu else wall_clock
     todo, errors = runs(group, batch, args.training)
-    found = alternate(todo | {GEMM: gemm(dtype)}, args.min_seconds, min_rounds=args.min_rounds)
-    rate = gemm_rate(found.pop(GEMM))
+    peaks = {name: device.peak_allocated(run) for name, run in todo.items()} if on_gpu else {}
+    found = alternate(todo | {GEMM: product}, args.min_seconds, min_rounds=args.min_rounds, clock=clock)
+    rate = gemm_rate(found.pop(GEMM), args.device)
     kind = TRAINING if args.training else INFERRING
-    rows = []
+    rows: list[Row] = []
     for candidate in group.candidates:
         measured = found.get(candidate.name)
         if measured is None:
             continue
         macs = group.macs[candidate.name] * batch * (_TRAINING_MACS if args.training else 1)
+        extra = {"amp": args.amp, "peak_bytes": peaks[candidate.name]} if on_gpu else {}
         rows.append(
-            Row(
+            (GpuRow if on_gpu else Row)(
                 model=group.name,
                 size=group.size,
                 batch=batch,
@@ -91,6 +107,7 @@ def measure(group: Group, batch: int, args: argparse.Namespace) -> list[Row]:
                     name: measured.median / found[name].median for name in (FUSED, INFERENCE) if name in found
                 },
                 error=errors.get(candidate.name),
+                **extra,
             )
         )
     return rows
@@ -102,7 +119,11 @@ def table(rows: list[Row]) -> Table:
     ours = [name for name in (FUSED, INFERENCE) if any(name in row.as_long_as for row in rows)]
     headers = ["model", "candidate", "size", "batch", "ms", *(f"of {name}" for name in ours)]
     headers += ["efficiency", "spread", "params M", "GMAC an image"]
-    title = f"{first.kind}, {args_dtype(rows)}, {first.threads} thread{'s' * (first.threads > 1)}"
+    on_gpu = isinstance(first, GpuRow)
+    headers += ["peak MiB"] if on_gpu else []
+    threads = f"{first.threads} thread{'s' * (first.threads > 1)}"
+    place = f"GPU{', autocast to bfloat16' * first.amp}" if isinstance(first, GpuRow) else threads
+    title = f"{first.kind}, {args_dtype(rows)}, {place}"
     made = Table(f"{title}: milliseconds, and how many times as long as ours", headers, words=2)
     for row in rows:
         cells = [row.model, row.candidate, str(row.size), str(row.batch), milliseconds(row.seconds)]
@@ -116,9 +137,12 @@ def table(rows: list[Row]) -> Table:
             f"{row.parameters / 1e6:.2f}",
             f"{row.macs / row.batch / 1e9:.2f}",
         ]
+        if isinstance(row, GpuRow):
+            cells.append(mebibytes(row.peak_bytes, None))
         made.rows.append(cells)
+    side = GEMM_SIDE["cuda" if on_gpu else "cpu"]
     made.notes.append(
-        "efficiency: 2 x MACs / time / the rate of a float product of 1024 x 1024 matrices in the same run, "
+        f"efficiency: 2 x MACs / time / the rate of a float product of {side} x {side} matrices in the same run, "
         f"{min(row.gemm_gflops for row in rows):.0f} to {max(row.gemm_gflops for row in rows):.0f} GFLOP/s."
     )
     return made
@@ -140,28 +164,53 @@ def measure_all(
     with terminal.steps(len(args.models) * (1 + len(args.batch))) as steps:
         for name in args.models:
             steps.step(f"{name}: building, comparing")
-            group = build_group(
-                name,
-                args.size or default_size(name)[0],
-                options.DTYPES[args.dtype],
-                checkouts.get(name),
-                NETWORKS.get(name),
-                args.compile,
-                args.training,
-            )
-            for batch in args.batch:
-                steps.step(f"{name}, batch {batch}")
-                rows += measure(group, batch, args)
+            if not args.limit.allows(name):
+                continue
+            begun = len(rows)
+            try:
+                group = build_group(
+                    name,
+                    args.size or default_size(name)[0],
+                    options.DTYPES[args.dtype],
+                    checkouts.get(name),
+                    NETWORKS.get(name),
+                    args.compile,
+                    args.training,
+                    args.device,
+                    args.amp,
+                )
+                for batch in args.batch:
+                    steps.step(f"{name}, batch {batch}")
+                    rows += measure(group, batch, args)
+            except options.TimeIsUp:
+                del rows[begun:]
+                args.limit.stop(name)
+                continue
+            except (JobFailed, RuntimeError) as error:
+                if args.device == "cpu":
+                    raise
+                # the other models have cost minutes already
+                missing[name] = {
+                    "all": str(error) if isinstance(error, JobFailed) else device.first_line(error)
+                }
+                failed = True
+                if not device.answers():
+                    args.limit.stop()
+                continue
             same[name] = group.same
             if group.missing:
                 missing[name] = group.missing
                 failed |= any(c.ours for c in group.candidates if c.name in group.missing)
                 failed |= any(what.startswith(INFERENCE) for what in group.missing)
             torch.compiler.reset()
+            del group
+            device.free(args.device)
     document = {"rows": [asdict(row) for row in rows], "same_network": same, "failed": missing}
     for name, reasons in missing.items():
         for candidate, reason in reasons.items():
             terminal.warn(f"{name}, {candidate}: {reason}")
+    if not rows:
+        return document, [], not failed
     shown = table(rows)
     proofs = [
         f"{name} and {what}: {found['parameters'][0]} parameters each, logits differ by {found['error']:.0e} in float64"
@@ -189,6 +238,7 @@ def measure_memory(
             args.dtype,
             torch.get_num_threads(),
             args.peers if name in checkouts else None,
+            args.device,
         )
         for name in args.models
         for training in (False, True)
@@ -212,6 +262,8 @@ def measure_memory(
                 ok &= task.candidate == footprint.AUTHORS or task.candidate.startswith("timm ")
                 continue
             row = asdict(task) | {"kind": kind, "weights_bytes": found.weights}
+            if args.device == "cpu":
+                del row["device"]
             row |= {"allocated_bytes": found.peak.allocated, "resident_bytes": found.peak.resident}
             del row["training"], row["peers"]
             rows.append(row)
@@ -239,7 +291,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         "--models", nargs="+", metavar="NAME", help=f"vitrail's models (default: {', '.join(NETWORKS)})"
     )
     parser.add_argument(
-        "--batch", type=at_least(1), nargs="+", metavar="N", help="batch sizes (default: 1 8)"
+        "--batch", type=at_least(1), nargs="+", metavar="N", help="batch sizes (default: 1 8; on a GPU 128)"
     )
     parser.add_argument(
         "--size", type=at_least(8), metavar="N", help="pixels per side (default: the model's own)"
@@ -253,6 +305,11 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         help="time steps of training (default batch: 8) in place of inference",
     )
     parser.add_argument(
+        "--amp",
+        action="store_true",
+        help="weights in float32 under autocast to bfloat16 (with --device cuda)",
+    )
+    parser.add_argument(
         "--memory",
         action="store_true",
         help="measure peak memory instead of time (default: biformer_small, 896, batch 1)",
@@ -261,10 +318,15 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         "--min-rounds", type=at_least(1), default=7, metavar="N", help="(default: %(default)s)"
     )
     args = parser.parse_args(arguments)
+    options.check(args, parser)
+    if args.amp and (args.device == "cpu" or args.dtype != "float32" or args.memory):
+        parser.error("--amp is for --device cuda in float32, and for times: leave --memory out")
     if args.memory and (args.training or args.compile):
         parser.error(
             "--memory measures inference and training, both eager: leave --training and --compile out"
         )
+    if args.memory and args.time_limit is not None:
+        parser.error("--memory measures in processes of their own: leave --time-limit out")
     if args.memory and len(args.batch or ()) > 1:
         parser.error("--memory takes one batch size")
     return parser, args
@@ -292,15 +354,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser, args = parse(arguments)
     complete = not (args.models or args.batch or args.size)
     args.models = args.models or (["biformer_small"] if args.memory else list(NETWORKS))
-    args.batch = args.batch or ([1] if args.memory else [8] if args.training else [1, 8])
+    usual = [128] if args.device != "cpu" else [8] if args.training else [1, 8]
+    args.batch = args.batch or ([1] if args.memory else usual)
     args.min_seconds = args.min_seconds or 4.0
     for name in args.models:
         try:
             check_model_name(name)
         except ValueError as error:
             parser.error(f"--models: {error}")
-    stem = "memory_cpu" if args.memory else "training_cpu" if args.training else "models_cpu"
-    stem += "" if args.dtype == "float32" else f"_{args.dtype}"
+    stem = f"{'memory' if args.memory else 'training' if args.training else 'models'}_{args.device}"
+    stem += "_amp" if args.amp else "" if args.dtype == "float32" else f"_{args.dtype}"
     output = options.output(args.output, stem, complete, parser)
     checkouts = find_peers(args, parser)
 
@@ -308,7 +371,8 @@ def main(arguments: list[str] | None = None) -> int:
         work: Callable[..., tuple[dict[str, Any], list[Table], bool]]
         work = measure_memory if args.memory else measure_all
         try:
-            results, tables, ok = work(terminal, args, checkouts)
+            with options.TimeLimit(args.time_limit) as args.limit:
+                results, tables, ok = work(terminal, args, checkouts)
         except SizeError as error:
             raise UsageError(str(error)) from error
         peers = {
@@ -316,10 +380,14 @@ def main(arguments: list[str] | None = None) -> int:
             for checkout in checkouts.values()
         }
         document = {"benchmark": stem, **machine(), "peers": peers, **results}
+        if args.device != "cpu":
+            document["gpu"] = device.describe()
+        if args.time_limit is not None:
+            document["left_out"] = args.limit.left_out
         publish(terminal, document, tables, args.markdown, output)
         return 0 if ok else 1
 
-    return options.run(job, args.json, args.threads)
+    return options.run(job, args.json, args.threads, args.device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The first counts floating-point operations, the second multiply-accumulates (MAC
 MAC is two operations. Both get the same formulas from here. Neither library counts scaled-dot-product attention on the
 CPU, so its formula is here too.
 
-A formula takes the arguments of its operator, shapes in place of tensors, and returns MACs.
+A formula takes the arguments of its operator, shapes in place of tensors, and returns MACs. What a call must move to
+and from memory needs no formula: it is what its arguments and results hold.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 Shape = Sequence[int]
@@ -216,6 +218,24 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "window_attention": window_attention_macs,
     "window_attention_backward": _attention_backward(window_attention_macs),
 }
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _held(x: Any) -> int:
+    """Bytes of a tensor's elements, those that it repeats counted once; of a sequence's tensors together."""
+    if isinstance(x, (tuple, list)):
+        return sum(map(_held, x))
+    if not isinstance(x, Tensor):
+        return 0
+    distinct = prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride != 0 or n == 0)
+    return distinct * x.element_size()
+
+
+def moved_bytes(arguments: Sequence[Any], results: Any) -> int:
+    """The least that a call moves: every argument read once, every result written once."""
+    return _held(arguments) + _held(results)
 
 
 # --- torch.utils.flop_counter -----------------------------------------------------------------------------------------

@@ -23,8 +23,25 @@ NONE = "\N{EN DASH}"
 Rows = list[dict[str, Any]]
 
 
+_shown: set[str] = set()
+
+
 def _load(name: str) -> dict[str, Any]:
+    _shown.add(name)
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _check_all_are_shown() -> None:
+    """Every file of results stands in some table.
+
+    Raises:
+        ValueError: there is one that does not.
+    """
+    left = sorted({path.stem for path in RESULTS.glob("*.json")} - _shown)
+    if left:
+        raise ValueError(
+            f"no table shows {', '.join(left)} of {RESULTS}: add it to {Path(__file__).name}, or remove it"
+        )
 
 
 def _prose(text: str) -> str:
@@ -189,6 +206,140 @@ def memory() -> str:
     return f"{_heading(result, text)}\n\n{_table(headers, rows, 2)}"
 
 
+def gpu() -> str:
+    """What a GPU gave: checks, operators, models."""
+    names = [path.stem for kind in ("gpu_*", "*_cuda*") for path in sorted(RESULTS.glob(f"{kind}.json"))]
+    if not names:
+        return _prose(
+            """No GPU has run any of this yet, so there is no figure. `scripts/gpu_check.sh` makes the results that
+            stand here then."""
+        )
+    return "\n\n".join(part for name in names for part in _gpu_parts(_load(name), name))
+
+
+def _gpu_parts(result: dict[str, Any], name: str) -> Iterator[str]:
+    """A file of `gpu_check.sh`, or of one benchmark."""
+    about, versions = result["gpu"], result["versions"]
+    command = " ".join(result["command"])
+    where = "scripts" if result["benchmark"] == "gpu_check" else "benchmarks"
+    code = (
+        f"; commit {result['commit'][:12]}{' and changes' * bool(result['changed'])}"
+        if "commit" in result
+        else ""
+    )
+    yield _prose(
+        f"`{where}/{command}` (`benchmarks/results/{name}.json`): {about['name']}, driver {about.get('driver')}, CUDA "
+        f"{about.get('torch_cuda')}; torch {versions['torch']}{code}; {result['date'][:10]}."
+    )
+    if result["benchmark"] != "gpu_check":
+        yield from _gpu_tables(result)
+        return
+    rows = []
+    for phase in result["phases"]:
+        counts = phase["found"].get("counts", {}) if isinstance(phase["found"], dict) else {}
+        reason = phase["reason"].splitlines()[0].replace("|", "\\|") if phase["reason"] else ""
+        cells = [str(counts.get(what, NONE)) for what in ("passed", "failed", "skipped")]
+        rows.append([phase["name"], f"{phase['outcome']}{': ' * bool(reason)}{reason}", *cells])
+    yield _table(["phase", "outcome", "tests passed", "failed", "skipped"], rows, 2)
+    for phase in result["phases"]:
+        if isinstance(phase["found"], dict) and "benchmark" in phase["found"]:
+            yield _prose(f"{phase['name']}: `benchmarks/{' '.join(phase['found']['command'])}`.")
+            yield from _gpu_tables(phase["found"])
+
+
+def _gpu_tables(found: dict[str, Any]) -> Iterator[str]:
+    """The rows of a benchmark, and what of it there is not."""
+    if not found["rows"]:
+        yield "There are no rows."
+    elif found["benchmark"] == "operators":
+        yield _gpu_operators(found["rows"])
+    elif found["benchmark"].startswith("memory"):
+        yield _gpu_memory(found["rows"])
+    else:
+        yield _gpu_models(found["rows"])
+    failed = found.get("failed") or []
+    if isinstance(failed, dict):
+        failed = [
+            f"{model}, {what}: {why}" for model, reasons in failed.items() for what, why in reasons.items()
+        ]
+    failed = failed + [
+        f"{row['operator']}, {row['setting']}, {row['kind']}, {name}: {why}"
+        for row in found["rows"]
+        for name, why in row.get("missing", {}).items()
+    ]
+    if failed:
+        yield "\n".join(["Did not run:", "", *(f"- {text}" for text in failed)])
+    if found.get("left_out"):
+        yield _prose(f"There was no time for {'; '.join(found['left_out'])}.")
+
+
+def _gpu_operators(rows: Rows) -> str:
+    cells = []
+    for row in rows:
+        by_name = row["candidates"]
+        fused = by_name["fused"]
+        graph = fused["graph_seconds"]
+        key = "graph_seconds" if graph else "seconds"
+        stock = [n for n, c in by_name.items() if n not in ("fused", "reference") and c.get(key)]
+        best = min(stock, key=lambda name: by_name[name][key], default=None)
+
+        def times(name: str | None, by_name: Any = by_name, key: str = key) -> str:
+            known = name in by_name and by_name[name].get(key)
+            return f"{by_name[name][key] / by_name['fused'][key]:.2f}x" if known else NONE
+
+        cells.append(
+            [
+                f"`{row['operator']}`{'' if row['compiled'] else '*'}", row["setting"], row["kind"], str(row["batch"]),
+                row["dtype"], _milliseconds(fused), _milliseconds({"seconds": graph}) if graph else NONE,
+                f"{row['roofline']:.0%}", row["bound"], times("reference"),
+                NONE if best is None else f"{times(best)}, {best}",
+            ]
+        )  # fmt: skip
+    headers = [
+        "operator",
+        "layer",
+        "pass",
+        "batch",
+        "dtype",
+        "eager",
+        "graph",
+        "of roofline",
+        "bound",
+        "reference",
+    ]
+    notes = (
+        "Milliseconds of the operator; how many times as long the others take, as graphs where both can be."
+    )
+    if any(not row["compiled"] for row in rows):
+        notes += " A star marks what has no kernel for all of it."
+    return f"{_prose(notes)}\n\n{_table([*headers, 'fastest of the others'], cells, 3)}"
+
+
+def _gpu_models(rows: Rows) -> str:
+    cells = []
+    for (model, size, batch), group in _groups(rows, "model", "size", "batch"):
+        for name, row in group.items():
+            dtype = "autocast to bfloat16" if row["amp"] else row["dtype"]
+            cells.append(
+                [
+                    f"`{model}`", row["kind"], name, dtype, str(size), str(batch), _milliseconds(row),
+                    _ratio(group, name, "fused") if "fused" in group else NONE, f"{row['peak_bytes'] / 2**20:.0f}",
+                ]
+            )  # fmt: skip
+    headers = ["model", "pass", "candidate", "dtype", "pixels", "batch", "ms", "of fused", "peak MiB"]
+    return _table(headers, cells, 4)
+
+
+def _gpu_memory(rows: Rows) -> str:
+    cells = []
+    for row in rows:
+        peak = f"{row['allocated_bytes'] / 2**20:.0f}"
+        cells.append(
+            [f"`{row['model']}`", row["kind"], row["candidate"], str(row["size"]), str(row["batch"]), peak]
+        )
+    return _table(["model", "pass", "candidate", "pixels", "batch", "peak MiB"], cells, 3)
+
+
 def measured() -> str:
     """Inference of whole models, in short."""
     result, rows = _load("models_cpu"), {}
@@ -213,7 +364,7 @@ def measured() -> str:
 
 
 SECTIONS: dict[str, list[Callable[[], str]]] = {
-    "docs/PERFORMANCE.md": [operators, models, training, memory],
+    "docs/PERFORMANCE.md": [operators, models, training, memory, gpu],
     "README.md": [measured],
 }
 
@@ -233,7 +384,9 @@ def page(path: Path, sections: list[Callable[[], str]]) -> str:
 def main() -> int:
     """Write the tables, or check them."""
     made = {ROOT / name: partial(page, ROOT / name, sections) for name, sections in SECTIONS.items()}
-    return write_pages(__doc__, made, "the results say")
+    status = write_pages(__doc__, made, "the results say")
+    _check_all_are_shown()
+    return status
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole files go to one worker, which builds their fixtures once; timm's suite has none and is spread."""
+    """Whole files go to one worker, which builds their fixtures once; timm's suite and what may run on a GPU have none
+    that cost anything and are spread."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return nodeid if file.endswith("/test_timm_suite.py") else file
+            return nodeid if file.endswith("/test_timm_suite.py") or "/gpu/" in file else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)

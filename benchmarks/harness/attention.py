@@ -15,7 +15,8 @@ from vitrail.ops import (
 )
 from vitrail.ops.regions import merge, partition
 
-from .problems import Problem, Setting
+from . import flex
+from .problems import Function, Problem, Setting
 
 Pair = tuple[int, int]
 
@@ -35,7 +36,7 @@ def _join(x: Tensor) -> Tensor:
 def _picked(x: Tensor, routes: Tensor, region: Pair) -> Tensor:
     """Tokens of the chosen regions, `(B * R, topk * tokens, C)`: whole regions by a flat `index_select`."""
     b, regions, topk = routes.shape
-    index = (routes + regions * torch.arange(b).view(b, 1, 1)).flatten()
+    index = (routes + regions * torch.arange(b, device=routes.device).view(b, 1, 1)).flatten()
     chosen = partition(x, region).flatten(0, 1).flatten(1).index_select(0, index)
     return chosen.view(b * regions, topk * region[0] * region[1], x.shape[3])
 
@@ -54,10 +55,29 @@ def _mask_sdpa(qkv: Tensor, routes: Tensor, region: Pair, heads: int, scale: flo
     q, k, v = (_heads(partition(x, region).flatten(1, 2), heads) for x in qkv.chunk(3, -1))
     b, regions, _ = routes.shape
     tokens = region[0] * region[1]
-    chosen = torch.zeros(b, regions, regions, dtype=torch.bool).scatter_(2, routes, True)
+    chosen = torch.zeros(b, regions, regions, dtype=torch.bool, device=routes.device).scatter_(
+        2, routes, True
+    )
     mask = chosen.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2).unsqueeze(1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return merge(_join(out).unflatten(1, (regions, tokens)), region, qkv.shape[1], qkv.shape[2])
+
+
+_FLEX = (("flex", False), ("mask + flex", True))
+"""With a mask that is there already, and with one that is made of the routes at every call, as a model must."""
+
+
+def _flex(routes: Tensor, region: Pair, heads: int, scale: float, anew: bool) -> Function:
+    """FlexAttention in the order of the regions."""
+    attend, mask = flex.attention(), flex.RegionMask(routes, region[0] * region[1])
+    ready = None if anew else mask.make()
+
+    def call(qkv: Tensor) -> Tensor:
+        q, k, v = (_heads(partition(x, region).flatten(1, 2), heads) for x in qkv.chunk(3, -1))
+        out = _join(attend(q, k, v, block_mask=mask.make() if ready is None else ready, scale=scale))
+        return merge(out.unflatten(1, (routes.shape[1], -1)), region, qkv.shape[1], qkv.shape[2])
+
+    return call
 
 
 def _routed(side: int, heads: int, topk: int, batch: int, dtype: torch.dtype) -> Problem:
@@ -73,7 +93,8 @@ def _routed(side: int, heads: int, topk: int, batch: int, dtype: torch.dtype) ->
     stock = {"gather + SDPA": partial(_gather_sdpa, **settings)}
     if topk * 4 >= 49:  # else dense attention is out of the question
         stock["mask + SDPA"] = partial(_mask_sdpa, **settings)
-    return Problem((qkv,), operator, stock)
+    flexible = {name: partial(_flex, **settings, anew=anew) for name, anew in _FLEX}
+    return Problem((qkv,), operator, stock, flex=flexible)
 
 
 def _pool_route(qkv: Tensor, topk: int, region: Pair, channels: int) -> Tensor:
@@ -100,6 +121,13 @@ def _route(side: int, heads: int, topk: int, batch: int, dtype: torch.dtype) -> 
 # --- DaViT, Swin's blocks of STViT: window_attention ------------------------------------------------------------------
 
 
+def _pieces(side: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """The piece of a shifted window that a token lies in, `(windows, tokens, 1)`."""
+    place = torch.arange(side, device=device)
+    piece = (place >= side - window).int() + (place >= side - shift).int()
+    return partition((3 * piece[:, None] + piece)[None, :, :, None], (window, window))[0]
+
+
 def _window_sdpa(
     qkv: Tensor,
     padding: Tensor | None = None,
@@ -115,14 +143,32 @@ def _window_sdpa(
     q, k, v = (_heads(partition(x, (window, window)), heads) for x in grids.chunk(3, -1))
     mask = bias
     if shift:
-        place = torch.arange(side)
-        piece = (place >= side - window).int() + (place >= side - shift).int()
-        pieces = partition((3 * piece[:, None] + piece)[None, :, :, None], (window, window))[0]
+        pieces = _pieces(side, window, shift, qkv.device)
         apart = (pieces != pieces.transpose(1, 2)).unsqueeze(1)
-        mask = torch.zeros(apart.shape, dtype=qkv.dtype).masked_fill(apart, -torch.inf) + bias
+        mask = qkv.new_zeros(apart.shape).masked_fill(apart, -torch.inf) + bias
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = merge(_join(out), (window, window), side, side)
     return out.roll((shift, shift), (1, 2)) if shift else out
+
+
+def _window_flex(side: int, window: int, shift: int, heads: int, like: Tensor) -> Function:
+    """The same by FlexAttention, tokens window by window."""
+    pieces = _pieces(side, window, shift, like.device)
+    windows = torch.arange(len(pieces), device=like.device).view(-1, 1, 1)
+    attend, mask = (
+        flex.attention(),
+        flex.label_mask((9 * windows + (pieces if shift else 0 * pieces)).flatten()),
+    )
+
+    def call(qkv: Tensor, padding: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        grids = qkv.roll((-shift, -shift), (1, 2)) if shift else qkv
+        q, k, v = (_heads(partition(x, (window, window)).flatten(1, 2), heads) for x in grids.chunk(3, -1))
+        score = None if bias is None else flex.add_bias(bias)
+        out = _join(attend(q, k, v, score_mod=score, block_mask=mask)).unflatten(1, (len(pieces), -1))
+        out = merge(out, (window, window), side, side)
+        return out.roll((shift, shift), (1, 2)) if shift else out
+
+    return call
 
 
 def _window(
@@ -141,7 +187,9 @@ def _window(
 
     leaves = {"davit": (qkv, padding), "swin": (qkv, padding, bias), "plain": (qkv,)}[kind]
     settings = {"side": side, "window": window, "shift": shift, "heads": heads}
-    return Problem(leaves, operator, {"partition + SDPA": partial(_window_sdpa, **settings)})
+    stock = {"partition + SDPA": partial(_window_sdpa, **settings)}
+    flexible = {"partition + flex": partial(_window_flex, **settings, like=qkv)}
+    return Problem(leaves, operator, stock, flex=flexible)
 
 
 # --- DaViT: channel_attention -----------------------------------------------------------------------------------------
@@ -220,9 +268,11 @@ SETTINGS = (
             partial(_routed, _side(size, stage), heads, topk),
             largest_batch=8 if size == 224 else 1,
             quick=size == 224,
+            on_cpu=stage < 4,
+            gpu_batch=64 * 224**2 // size**2,
         )
         for size in (224, 896)
-        for stage, heads, topk in _BIFORMER
+        for stage, heads, topk in (*_BIFORMER, (4, 16, 49))  # stage 4 as a choice of all regions
     ),
     *(
         Setting(

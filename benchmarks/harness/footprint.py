@@ -2,6 +2,7 @@
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 from vitrail.cli.terminal import JobFailed
 from vitrail.ops import library, use_ops
 
+from .device import peak_allocated
 from .memory import Peak, peak, return_memory_at_once, weights
 from .networks import AUTHORS, FUSED, INFERENCE, NETWORKS, REFERENCE, Candidate, Trainer, inference_form
 from .options import DTYPES
 from .peers import Logits, find_checkouts
+from .timing import Run
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Task:
     dtype: str
     threads: int
     peers: Path | None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,19 @@ def _measure(task: Task) -> Footprint:
     torch.set_num_threads(task.threads)
     dtype = DTYPES[task.dtype]
     with use_ops("fused"):
-        library.load()
+        library.load(task.device)
         candidate = _candidate(task, dtype)
-        images = torch.randn(task.batch, 3, task.size, task.size).to(dtype)
+        images = torch.randn(task.batch, 3, task.size, task.size).to(task.device, dtype)
         if task.training:
-            found = peak(Trainer(candidate, images, keep_grads=True))
+            found = _peak(Trainer(candidate, images, keep_grads=True), task.device)
         else:
             with torch.inference_mode():
-                found = peak(lambda: candidate.forward(images))
+                found = _peak(lambda: candidate.forward(images), task.device)
     return Footprint(found, weights(candidate.model))
+
+
+def _peak(run: Run, device: str) -> Peak:
+    return peak(run) if device == "cpu" else Peak(peak_allocated(run), None)
 
 
 def _candidate(task: Task, dtype: torch.dtype) -> Candidate:
@@ -87,10 +95,13 @@ def _candidate(task: Task, dtype: torch.dtype) -> Candidate:
     if task.candidate == AUTHORS:
         assert task.peers is not None
         model: torch.nn.Module = Logits(find_checkouts(task.peers)[task.model].build(task.model, task.size))
-        return Candidate(AUTHORS, model.eval().to(dtype))
+        return Candidate(AUTHORS, model.eval().to(task.device, dtype))
     if task.candidate.startswith("timm "):
-        return Candidate(task.candidate, create_model(task.candidate.removeprefix("timm "), size).to(dtype))
-    model = create_model(task.model, size)
+        model = create_model(task.candidate.removeprefix("timm "), size)
+        return Candidate(task.candidate, model.to(task.device, dtype))
+    # the CPU's kernels need not be there for what runs elsewhere
+    with nullcontext() if task.device == "cpu" else use_ops("reference"):
+        model = create_model(task.model, size).to(task.device)
     if task.candidate == INFERENCE:
         fused = inference_form(model, dtype)
         assert fused is not None

@@ -115,7 +115,9 @@ _DAVIT = ((1, 56, 96), (2, 28, 192), (3, 14, 384), (4, 7, 768))
 _STRIPS = ((1, 56, 80), (2, 28, 160), (3, 14, 320), (4, 7, 640))
 SETTINGS = (
     tuple(
-        Setting(operator, f"{model}, stage {stage}", partial(build, side, width), trains=False)
+        Setting(
+            operator, f"{model}, stage {stage}", partial(build, side, width), trains=False, gpu_batch=None
+        )
         for operator, model, build, shapes in (
             ("packed_linear", "davit_fused_tiny", _projection, _DAVIT),
             ("packed_mlp", "davit_fused_tiny", _mlp, _DAVIT),
@@ -129,6 +131,7 @@ SETTINGS = (
             f"{model}, stage {stage}",
             partial(_downsampling, side, width, kernel=kernel, stride=stride, channels=channels),
             trains=False,
+            gpu_batch=None,
         )
         for model, stage, side, width, kernel, stride, channels in (
             ("biformer_tiny", 3, 14, 256, 3, 2, 128),

@@ -38,7 +38,7 @@ _SAME = ("davit_tiny",)
 _COUNTED_ALIKE = ("rayleizhu/BiFormer", "dingmyu/davit", "Med-Process/Strip_MLP", "changsn/STViT-R")
 """Of the authors', those that do no other arithmetic: Sparsifiner's code attends densely and masks."""
 _LOGITS_LIMIT = 1e-9
-_LIMITS = {torch.float32: 1e-2, torch.bfloat16: 0.2}
+_LIMITS = {torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
 """Of candidates against the definition, largest error over largest logit. Rounding alone leaves 1e-6 and 1e-2, but more
 where it makes Sparsifiner choose another key, or BiFormer another region."""
 
@@ -52,6 +52,8 @@ class Candidate:
     mode: str | None = None
     """Path of vitrail's operators, None where there are none."""
     dtype: torch.dtype = torch.float32
+    amp: bool = False
+    """Whether autocast to bfloat16 is in force."""
 
     @property
     def ours(self) -> bool:
@@ -60,7 +62,8 @@ class Candidate:
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
-        with use_ops(self.mode) if self.mode else nullcontext():
+        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp)
+        with use_ops(self.mode) if self.mode else nullcontext(), autocast:
             return self.model(images)
 
 
@@ -79,11 +82,12 @@ class Group:
     """What shows that a candidate of others is the same network: parameters, MACs, error of the logits in float64."""
     missing: dict[str, str]
     """Candidates that could not be made, and why."""
+    device: str = "cpu"
 
     def images(self, batch: int, dtype: torch.dtype) -> Tensor:
         """Random images."""
         generator = torch.Generator().manual_seed(1)
-        return torch.randn(batch, 3, self.size, self.size, generator=generator).to(dtype)
+        return torch.randn(batch, 3, self.size, self.size, generator=generator).to(self.device, dtype)
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -148,11 +152,13 @@ def inference_form(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
 
 
 def _pair(
-    name: str, size: int, checkout: Checkout | None, stock: str | None, compare: bool = True
+    name: str, size: int, checkout: Checkout | None, stock: str | None, device: str, compare: bool = True
 ) -> tuple[nn.Module, dict[str, nn.Module], dict[str, dict[str, Any]]]:
     """Ours, the others with the same weights where they are the same network, and what shows that they are."""
     torch.manual_seed(0)
-    ours = create_model(name, (size, size))
+    # the CPU's kernels need not be there for what runs elsewhere
+    with nullcontext() if device == "cpu" else use_ops("reference"):
+        ours = create_model(name, (size, size))
     others: dict[str, nn.Module] = {}
     if stock is not None:
         others[f"timm {stock}"] = create_model(stock, (size, size))
@@ -160,6 +166,8 @@ def _pair(
         others[AUTHORS] = Logits(checkout.build(name, size)).eval()
     twin = AUTHORS if checkout is not None else f"timm {stock}" if stock in _SAME else None
     randomise(ours if twin is None else others[twin])
+    ours = ours.to(device)
+    others = {what: model.to(device) for what, model in others.items()}
     if twin is None:
         return ours, others, {}
     source = others[twin]
@@ -168,7 +176,7 @@ def _pair(
     if not compare:
         return ours, others, {}
     alike = checkout is None or checkout.peer.repository in _COUNTED_ALIKE
-    image = torch.randn(1, 3, size, size)
+    image = torch.randn(1, 3, size, size).to(device)
     return ours, others, {twin: same_network(ours, source, image, f"{name}, {twin}", alike)}
 
 
@@ -180,6 +188,8 @@ def build_group(
     stock: str | None = None,
     compiled: bool = False,
     training: bool = False,
+    device: str = "cpu",
+    amp: bool = False,
 ) -> Group:
     """All candidates for one network.
 
@@ -188,13 +198,13 @@ def build_group(
         PeerError: the authors' cannot be built.
         UnknownModelError, SizeError: there is no such model, or not at this size.
     """
-    group = Group(name, size, [], {}, {}, {}, {})
+    group = Group(name, size, [], {}, {}, {}, {}, device)
     if size != default_size(name)[0]:
         # what is the same network at one size is at another, where float64 or all that the authors keep may not fit
-        group.same = _pair(name, default_size(name)[0], checkout, stock)[2]
-        ours, others, _ = _pair(name, size, checkout, stock, compare=False)
+        group.same = _pair(name, default_size(name)[0], checkout, stock, device)[2]
+        ours, others, _ = _pair(name, size, checkout, stock, device, compare=False)
     else:
-        ours, others, group.same = _pair(name, size, checkout, stock)
+        ours, others, group.same = _pair(name, size, checkout, stock, device)
     image = group.images(1, torch.float32)
     with use_ops("fused"), torch.no_grad():
         own = count_with_torch(ours, image)
@@ -209,6 +219,7 @@ def build_group(
             compiled_model = torch.compile(copy.deepcopy(model))
             group.candidates.append(Candidate(f"{other}, compiled", compiled_model, dtype=dtype))
     for candidate in group.candidates:
+        candidate.amp = amp
         what = candidate.name.removesuffix(", compiled")
         group.macs[candidate.name] = macs.get(what, own)
         group.parameters[candidate.name] = parameters.get(what, own_parameters)
@@ -259,7 +270,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=not self.keep_grads)
         logits = self.candidate.forward(self.images)
         if self.labels is None:
-            self.labels = torch.arange(len(logits)) % logits.shape[1]
+            self.labels = torch.arange(len(logits), device=logits.device) % logits.shape[1]
         loss = F.cross_entropy(logits.float(), self.labels)
         loss.backward()
         self.optimizer.step()
@@ -294,7 +305,8 @@ def runs(group: Group, batch: int, training: bool) -> tuple[dict[str, Run], dict
         name = candidate.name
         if name in first and (candidate.ours or name.removesuffix(", compiled") in group.same):
             errors[name] = float((first[name] - expected).abs().max() / expected.abs().max())
-            limit = max(_LIMITS[candidate.dtype], _LIMITS[_dtype(group, REFERENCE)])
+            dtypes = (torch.bfloat16 if candidate.amp else candidate.dtype, _dtype(group, REFERENCE))
+            limit = max(_LIMITS[dtype] for dtype in dtypes)
             if not errors[name] <= limit:
                 raise JobFailed(
                     f"{group.name}, {name}: what it computes differs from the definition by {errors[name]:.1e}"

@@ -63,17 +63,22 @@ def machine() -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(("OMP_", "MKL_", "KMP_", "VITRAIL_", "MALLOC_", "LD_PRELOAD", "ONEDNN_"))
+            if name.startswith(
+                ("OMP_", "MKL_", "KMP_", "VITRAIL_", "MALLOC_", "LD_PRELOAD", "ONEDNN_", "CUDA_", "CUBLAS_")
+            )
         },
     }
 
 
 def heading(about: dict[str, Any]) -> str:
     """The machine in a line."""
-    system, versions = about["machine"], about["versions"]
-    return (
+    system, versions, gpu = about["machine"], about["versions"], about.get("gpu")
+    cpu = (
         f"{system['cpu']}, {system['threads']} of {system['cores']} cores, "
-        f"{about['instruction_set'] or 'no compiled operators'}; "
+        f"{about['instruction_set'] or 'no compiled operators'}"
+    )
+    return (
+        f"{cpu if gpu is None else '{}, driver {}, CUDA {}'.format(gpu['name'], gpu['driver'], gpu['torch_cuda'])}; "
         f"torch {versions['torch']}, timm {versions['timm']}, vitrail {versions['vitrail']}; {about['date'][:10]}"
     )
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.ops import connectivity_attention, connectivity_topk, sparse_attention
+from vitrail.ops.connectivity_attention import connectivity_logits
 
+from . import flex
 from .problems import Function, Problem, Setting
 
 _HEADS, _CHANNELS, _COEFFICIENTS, _THRESHOLD = 6, 384, 8, 0.02
@@ -25,9 +27,24 @@ def _attend(qkv: Tensor, mask: Tensor | None = None) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
+def _mask(qkv: Tensor, keys: Tensor) -> Tensor:
+    """Of all keys, `(B, heads, queries, tokens)`, those that are listed."""
+    shape = (*keys.shape[:3], qkv.shape[1])
+    return torch.zeros(shape, dtype=torch.bool, device=qkv.device).scatter_(-1, keys, True)
+
+
+def _masked_flex(keys: Tensor) -> Function:
+    attend = flex.attention()
+
+    def call(qkv: Tensor) -> Tensor:
+        out = attend(*_split(qkv), score_mod=flex.hide(_mask(qkv, keys)))
+        return out.transpose(1, 2).flatten(2)
+
+    return call
+
+
 def _masked_sdpa(qkv: Tensor, keys: Tensor) -> Tensor:
-    mask = torch.zeros(*keys.shape[:3], qkv.shape[1], dtype=torch.bool).scatter_(-1, keys, True)
-    return _attend(qkv, mask)
+    return _attend(qkv, _mask(qkv, keys))
 
 
 def _gather_matmul(qkv: Tensor, keys: Tensor) -> Tensor:
@@ -89,12 +106,16 @@ def _sparse(tokens: int, batch: int, dtype: torch.dtype) -> Problem:
     stock = {"mask + SDPA": partial(_masked_sdpa, keys=keys)}
     if tokens < 1000:  # else the copies do not fit
         stock["gather + matmul"] = partial(_gather_matmul, keys=keys)
-    return Problem((qkv,), operator, stock, yardsticks={DENSE: _attend})
+    flexible = {"mask + flex": partial(_masked_flex, keys)}
+    return Problem((qkv,), operator, stock, yardsticks={DENSE: _attend}, flex=flexible)
 
 
-def _both(tokens: int, batch: int, dtype: torch.dtype) -> Problem:
-    """From queries and compressed keys on, as in the model: where there are many rows, queries are projected first."""
-    qkv, _, basis, _ = _inputs(tokens, batch, dtype)
+def _both(tokens: int, batch: int, dtype: torch.dtype, apart: bool = False) -> Problem:
+    """From queries and compressed keys on, as in the model: where there are many rows, queries are projected first.
+
+    In one operator, or `apart` in two, with the lists of keys between them.
+    """
+    qkv, _, basis, choose = _inputs(tokens, batch, dtype)
     width = _CHANNELS // _HEADS
     projection = torch.randn(width // 2, width).to(dtype) / width**0.5 if len(basis) > width else None
     channels = _CHANNELS if projection is None else _CHANNELS // 2
@@ -118,6 +139,11 @@ def _both(tokens: int, batch: int, dtype: torch.dtype) -> Problem:
             projection=projection,
         )
 
+    def operators(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.chunk(3, -1)
+        logits = connectivity_logits(q[:, 1:].detach(), compressed, offset, projection, _HEADS)
+        return sparse_attention(q[:, 1:], k, v, choose(logits, basis), _HEADS)
+
     def stock(qkv: Tensor) -> Tensor:
         q = _split(qkv.detach())[0]
         q = q if projection is None else F.linear(q, projection)
@@ -125,23 +151,28 @@ def _both(tokens: int, batch: int, dtype: torch.dtype) -> Problem:
         logits = q @ keys + offset.transpose(1, 2).unsqueeze(2)
         return _masked_sdpa(qkv, _bag_topk(logits, basis, count))
 
-    return Problem((qkv,), operator, {"topk + SDPA": stock}, yardsticks={DENSE: _attend}, chooses=True)
+    ours = operators if apart else operator
+    return Problem((qkv,), ours, {"topk + SDPA": stock}, yardsticks={DENSE: _attend}, chooses=True)
 
 
 DENSE = "dense SDPA"
+_APART = partial(_both, apart=True)
 
 SETTINGS = tuple(
     Setting(
         operator,
-        f"sparsifiner_small, {tokens} tokens",
+        f"sparsifiner_small, {tokens} tokens{', with the choice' * (build is _APART)}",
         partial(build, tokens),
         kernels,
         trains,
         largest_batch=8 if tokens < 4000 else 1,
         quick=tokens < 1000,
+        on_cpu=tokens < 10000 and build is not _APART,
+        gpu_batch={197: 64, 1025: 16, 4097: 4, 16385: 1}[tokens],
     )
     for operator, build, kernels, trains in (
         ("sparse_attention", _sparse, (), True),
+        ("sparse_attention", _APART, ("connectivity_topk", "sparse_attention"), True),
         ("connectivity_topk", _choice, (), False),
         (
             "connectivity_attention",
@@ -150,5 +181,5 @@ SETTINGS = tuple(
             True,
         ),
     )
-    for tokens in (197, 1025, 4097)
+    for tokens in (197, 1025, 4097, 16385)
 )

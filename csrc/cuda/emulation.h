@@ -143,6 +143,8 @@ class Block {
             std::memset(static_cast<void*>(shared_.data()), 0xff, shared_.size() * sizeof(shared_[0]));
         for (int i = 0; i < count_; ++i) {
             threads_[i]->state = State::kReady;
+            threads_[i]->copies.clear();  // what the block before began and had no use for
+            threads_[i]->groups.clear();
             threads_[i]->fiber.prepare(body_, this);
         }
         for (Warp& warp : warps_) warp.arrived = 0;

@@ -127,8 +127,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_commands_shown_are_understood(name, request):
     module = request.getfixturevalue(name)
     text = "\n".join(
-        path.read_text()
-        for path in (ROOT / "docs" / "PERFORMANCE.md", ROOT / ".ci" / "run", Path(module.__file__))
+        path.read_text() for path in (*ROOT.glob("docs/*.md"), ROOT / ".ci" / "run", Path(module.__file__))
     )
     commands = re.findall(rf"python benchmarks/{name}\.py(.*)", text)
     assert len(commands) >= 4

@@ -54,6 +54,7 @@ def checkouts(tmp_path, monkeypatch):
         (["--size", "x"], "'x' is no whole number"),
         (["--min-rounds", "0"], "'0' is no whole number of at least 1"),
         (["--memory", "--training"], "leave --training and --compile out"),
+        (["--memory", "--time-limit", "9"], "leave --time-limit out"),
         (["--memory", "--batch", "1", "8"], "--memory takes one batch size"),
         (["--peers", "no/such/folder"], "--peers: there is no folder 'no/such/folder'"),
         (["--output", "results.csv"], "must end with .json"),

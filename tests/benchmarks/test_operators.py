@@ -18,7 +18,11 @@ SMALL = ("--only", "stage 4, rows", *QUICK)
         (["--batch", "0"], "'0' is no whole number of at least 1"),
         (["--threads", "none"], "'none' is no whole number"),
         (["--min-seconds", "0"], "'0' is no number above zero"),
-        (["--dtype", "float16"], "invalid choice: 'float16'"),
+        (["--dtype", "float16"], "--dtype float16 is for --device cuda"),
+        (["--dtype", "float8"], "invalid choice: 'float8'"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--flex"], "--flex is for --device cuda"),
+        (["--time-limit", "0"], "'0' is no number above zero"),
         (["--passes", "backward"], "invalid choice: 'backward'"),
         (["--only", "nothing"], "no row contains that; --list shows them"),
         (["--output", "no/such/folder/x.json"], "does not exist; create it first"),
@@ -109,6 +113,14 @@ def test_all_formulations_of_the_quick_rows_agree(operators, dtype, training):
             assert set(errors) == {"fused", "reference", *problem.stock}, place
 
 
+def test_rows_that_there_is_no_time_for_are_named(run, operators):
+    document = run(operators, *SMALL, "--no-memory", "--time-limit", 1e-9, "--json").document
+    assert document["rows"] == []
+    assert document["left_out"] == [
+        f"strip_mix, stripmlp_tiny, stage 4, rows, batch 1, {kind}" for kind in operators.PASSES
+    ]
+
+
 def test_what_computes_something_else_is_not_timed(run, operators, monkeypatch):
     right = operators.strips._matmul
     monkeypatch.setattr(operators.strips, "_matmul", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
@@ -139,7 +151,7 @@ def pretend(operators, monkeypatch):
             return operators.Row(*names, 1, 1, True, 1.0, 1.0, 0.0, candidates)
 
         monkeypatch.setattr(operators, "measure", measure)
-        monkeypatch.setattr(problems.Setting, "compiled", lambda self, training: True)
+        monkeypatch.setattr(problems.Setting, "compiled", lambda self, training, device: True)
         return left
 
     return prepare
@@ -169,7 +181,7 @@ def test_the_check_fails_where_fused_is_slower_three_times(run, operators, prete
 
 
 def test_operators_without_a_kernel_are_named_and_not_checked(run, operators, monkeypatch):
-    monkeypatch.setattr(problems.Setting, "compiled", lambda self, training: False)
+    monkeypatch.setattr(problems.Setting, "compiled", lambda self, training, device: False)
     result = run(operators, *CHECK)
     assert result.code == 0
     assert "forward not checked, without a compiled kernel: semantic_attention" in result.err
