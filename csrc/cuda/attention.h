@@ -272,6 +272,10 @@ class QueryBlock {
             }
             if (kStages == 1 && next < count_) load_keys(next);
         }
+        if (count_ == 0) {  // rows that are on their way must not arrive after what is written there
+            wait_for_copies<0>();
+            __syncthreads();
+        }
     }
 
   private:

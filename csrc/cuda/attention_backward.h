@@ -150,6 +150,7 @@ class KeyBlock {
     }
 
     VITRAIL_DEVICE void load_rows() const {
+        if (queries_ == 0) return;
         const int k = int(a_.head_dim), v = int(a_.value_dim);
         const Target<S, kWidth> target[] = {
             {array(0), k, in_chunks<S>(a_.k[0], k) && in_chunks<S>(a_.k[1], k)},

@@ -143,8 +143,6 @@ class Block {
             std::memset(static_cast<void*>(shared_.data()), 0xff, shared_.size() * sizeof(shared_[0]));
         for (int i = 0; i < count_; ++i) {
             threads_[i]->state = State::kReady;
-            threads_[i]->copies.clear();  // what the block before began and had no use for
-            threads_[i]->groups.clear();
             threads_[i]->fiber.prepare(body_, this);
         }
         for (Warp& warp : warps_) warp.arrived = 0;
@@ -191,7 +189,16 @@ class Block {
     }
 
     friend class Fiber;
-    void end() { threads_[current_]->state = State::kEnded; }
+    void end() {
+        Thread& t = *threads_[current_];
+        t.state = State::kEnded;
+        bool waited_for = t.copies.empty();
+        for (; !t.groups.empty(); t.groups.pop_front()) waited_for &= t.groups.front().empty();
+        if (waited_for) return;
+        std::fprintf(stderr, "block %u: a copy that nobody waited for may arrive in what was written since\n",
+                     index_);
+        std::abort();
+    }
 
     struct alignas(64) Line {
         char bytes[64];
