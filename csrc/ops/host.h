@@ -128,11 +128,11 @@ class Checks {
         if (num_heads < 1) fail("num_heads must be at least 1, got ", num_heads);
     }
 
-    // On the device of `q`.
-    void placed(const char* name, const Tensor& t, const Tensor& q) const {
+    // On the device of another argument.
+    void placed(const char* name, const Tensor& t, const Tensor& q, const char* other = "q") const {
         placed(name, t);
         if (t.get_device_index() != q.get_device_index())
-            fail(name, " must be on the GPU of q, number ", q.get_device_index(), ", got ",
+            fail(name, " must be on the GPU of ", other, ", number ", q.get_device_index(), ", got ",
                  t.get_device_index());
     }
 

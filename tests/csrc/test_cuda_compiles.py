@@ -18,6 +18,7 @@ from vitrail.ops import library
 # Bytes of registers that a kernel may keep in memory instead.
 SPILLED = 128
 OPERATORS = ("routed_attention", "window_attention", "semantic_attention")
+FORWARD_ONLY = ("depthwise_conv",)
 
 
 @pytest.fixture(
@@ -84,8 +85,9 @@ def test_it_loads_where_there_is_no_gpu_and_registers_its_kernels(compiled):
     import vitrail.ops
     from vitrail.ops.library import has_kernel
     torch.ops.load_library({str(compiled[0])!r})
-    for name in {OPERATORS}:
+    for name in {OPERATORS + FORWARD_ONLY}:
         assert has_kernel(f"vitrail::{{name}}", "CUDA"), name
+    for name in {OPERATORS}:
         assert has_kernel(f"vitrail::{{name}}_backward", "CUDA"), name
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
