@@ -15,7 +15,7 @@ from vitrail.ops import library
 from .emulation import EMULATED
 
 HERE = Path(__file__).parent
-OPERATORS = ("routed_attention", "window_attention", "semantic_attention", "depthwise_conv")
+OPERATORS = ("routed_attention", "window_attention", "semantic_attention", "depthwise_conv", "response_norm")
 # Of the CPU only: its threads and instruction sets, its allocations, the rounding of its vectors, indices that are
 # looked at before a kernel runs, and all 24 bits of a float (three products in TF32 keep 22).
 NOT_HERE = (
