@@ -222,17 +222,16 @@ class ResponseMlp(_Folded):
     def __init__(self, norm: nn.LayerNorm, mlp: Any, pack: bool):
         super().__init__(mlp.fc1, norm, pack)
         grn = mlp.grn
+        weight = grn.weight.detach().flatten()
+        self.register_buffer("grn_weight", weight.to(wide_dtype(weight) if pack else self.dtype))
         self.hidden_features = self.fold("1", mlp.fc1, norm)
         shift = mlp.fc2.weight.double() @ grn.bias.double().flatten()
         self.out_features = self.fold("2", mlp.fc2, shift=shift)
         self.grn_eps = grn.eps
-        weight = grn.weight.detach().flatten()
-        self.register_buffer("grn_weight", weight.to(wide_dtype(weight) if pack else self.dtype))
 
     def place(self) -> None:
         super().place()
-        if hasattr(self, "grn_weight"):  # else it comes last
-            self._widen("grn_weight")
+        self._widen("grn_weight")
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if self.packed:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .kernels import EXAMPLES, TOLERANCE, operator
+from .kernels import EXAMPLES, GPU_KERNELS, TOLERANCE, operator
 
 EPS = 1e-6
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -78,9 +78,12 @@ def test_tokens_may_lie_anywhere_in_wider_ones(dtype, offset):
     wider = torch.full((2, 72, 60), torch.nan, dtype=dtype)
     part = wider[:, 1:71, offset : offset + 36]
     part.copy_(x)
-    assert torch.equal(normalise([part, *rest]), normalise([x, *rest]))
+    assert_matches([part, *rest])
+    if GPU_KERNELS:
+        assert torch.equal(normalise([part, *rest]), normalise([x, *rest]))
 
 
+@pytest.mark.skipif(not GPU_KERNELS, reason="stock operators may add in another order")
 @each_dtype
 def test_an_image_does_not_depend_on_the_others(dtype):
     x, *rest = example((5, 130, 40), dtype)
