@@ -12,6 +12,7 @@ from .library import use_ops
 from .packed_conv import pack_kernel, packed_conv
 from .packed_linear import pack_weight, packed_grn_mlp, packed_linear, packed_mlp
 from .region_route import region_route
+from .response_norm import response_norm
 from .routed_attention import routed_attention
 from .semantic_attention import semantic_attention
 from .sparse_attention import sparse_attention
@@ -33,6 +34,7 @@ __all__ = [
     "packed_linear",
     "packed_mlp",
     "region_route",
+    "response_norm",
     "routed_attention",
     "semantic_attention",
     "sparse_attention",

@@ -60,7 +60,7 @@ _operator = Operator(
     lambda x, *_: x.new_empty(x.shape),
     differentiable=("x", "weight", "bias", "residual", "scale", "shift"),
     cast=(),
-    compiled=("cpu",),
+    compiled=("cpu", "cuda"),
     foldable=False,
 )
 

@@ -111,6 +111,11 @@ def depthwise_conv_macs(x: Shape, weight: Shape, *_: Any) -> int:
     return prod(x) * prod(weight[-3:-1])
 
 
+def _nothing(*_: Any) -> int:
+    """Norms count as nothing, as stock ones do."""
+    return 0
+
+
 def _dense_backward(forward: Callable[..., int]) -> Callable[..., int]:
     """The layers again (but for a lone one, whose result nothing needs), and twice that for the gradients."""
 
@@ -207,6 +212,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "packed_mlp": packed_mlp_macs,
     "packed_mlp_backward": _dense_backward(packed_mlp_macs),
     "region_route": region_route_macs,
+    "response_norm": _nothing,
+    "response_norm_backward": _nothing,
     "routed_attention": routed_attention_macs,
     "routed_attention_backward": _attention_backward(routed_attention_macs),
     "semantic_attention": semantic_attention_macs,

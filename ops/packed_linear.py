@@ -71,23 +71,24 @@ def _normalised(x: Tensor, norm_eps: float) -> Tensor:
     return x if norm_eps < 0 else F.layer_norm(x, (x.shape[1],), eps=norm_eps)
 
 
-def _activated(x: Tensor, activation: str) -> Tensor:
+def activated(x: Tensor, activation: str) -> Tensor:
+    """One of `ACTIVATIONS`."""
     return F.gelu(x) if activation == "gelu" else x
 
 
 def _linear(x, x2, x3, weight, bias, residual, columns, norm_eps, activation) -> Tensor:
     x = _normalised(_joined(x, x2, x3), norm_eps)
-    y = _activated(_layer(x, weight, bias, columns), activation)
+    y = activated(_layer(x, weight, bias, columns), activation)
     return y if residual is None else residual + y
 
 
 def _mlp(x, weight1, bias1, weight2, bias2, residual, hidden, columns, norm_eps, activation) -> Tensor:
-    y = _activated(_layer(_normalised(x, norm_eps), weight1, bias1, hidden), activation)
+    y = activated(_layer(_normalised(x, norm_eps), weight1, bias1, hidden), activation)
     y = _layer(y, weight2, bias2, columns)
     return y if residual is None else residual + y
 
 
-def _response_factors(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+def response_factors(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Factors of global response normalisation (ConvNeXt V2, arXiv 2301.00808) of `(images, tokens, hidden)`."""
     norm = hidden.norm(p=2, dim=1, keepdim=True)
     return 1 + weight * (norm / (norm.mean(-1, keepdim=True) + eps))
@@ -99,7 +100,7 @@ def _grn_mlp(
     y = F.gelu(_layer(_normalised(x, norm_eps), weight1, bias1, hidden))
     y = y.unflatten(0, (images, -1)) if images != 0 else y.unsqueeze(0)
     wide = y.to(wide_dtype(y))
-    y = (wide * _response_factors(wide, grn_weight, grn_eps)).to(y.dtype).flatten(0, 1)
+    y = (wide * response_factors(wide, grn_weight, grn_eps)).to(y.dtype).flatten(0, 1)
     y = _layer(y, weight2, bias2, columns)
     return y if residual is None else residual + y
 

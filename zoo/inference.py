@@ -3,7 +3,8 @@
 `fuse_for_inference` folds what is linear (BatchNorm into convolutions, norms' and layers' scales into the layers beside
 them, the identity of a residual into a depthwise convolution), and takes the branches of a block as one: on the CPU
 `packed_linear` and its like carry rows of tokens through norm, product, activation and residual while they are in
-cache; elsewhere, and in exported files, standard operators compute the same.
+cache; on a GPU products are those of its libraries, and operators of this package do what surrounds them; elsewhere,
+and in exported files, standard operators compute the same.
 """
 
 import copy
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ops import depthwise_conv, strip_mix
-from ..ops.packed_linear import DTYPES
 from . import biformer, davit_fused, sparsifiner, stripmlp, stvit, stvit_swin
-from .folded import FoldedConv, FoldedLinear, MlpBranch, PackedConv, ResponseMlp, taps_of
+from .folded import FoldedConv, FoldedLinear, MlpBranch, PackedConv, Placed, ResponseMlp, taps_of
 
 # --- branches of blocks -----------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ class FusedCrossLayer(nn.Module):
         return self.mlp(self.branch(x, y))
 
 
-class BlendedConv(nn.Module):
+class BlendedConv(Placed):
     """`stripmlp.LocalStripMixing` as one convolution: its convolutions and the identity, blended for each image.
 
     The blend depends on the means of what they give. The mean of a convolution is that of its taps, each times the sum
@@ -86,16 +86,19 @@ class BlendedConv(nn.Module):
     columns: Tensor
 
     def __init__(self, local: stripmlp.LocalStripMixing, size: tuple[int, int]):
-        super().__init__()
+        super().__init__(pack=True)
         dtype = local.row_conv.weight.dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         side = max(local.row_conv.kernel_size)
         taps = [_centred(taps_of(local.col_conv), side), _centred(taps_of(local.row_conv), side)]
         identity = _centred(torch.ones_like(taps[0][:1, :1]), side)
-        self.register_buffer("taps", torch.stack([*taps, identity]).to(wide))
-        self.register_buffer("rows", _meets(side, size[0]).to(dtype))
-        self.register_buffer("columns", _meets(side, size[1]).to(dtype))
+        self.register_buffer("taps", torch.stack([*taps, identity]))
+        for name, length in zip(("rows", "columns"), size, strict=True):
+            self.register_buffer(name, _meets(side, length).to(identity.device, dtype))
         self.reweight = local.reweight
+        self.place()
+
+    def place(self) -> None:
+        self._widen("taps")
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
@@ -142,8 +145,8 @@ class FusedStripBlock(nn.Module):
         of_strips, of_local = _split_columns(tokens.fuse)
         of_far, of_cols = (of_strips @ weight for weight in _split_columns(strips.col_fuse))
         shift = _mixed_positions(strips.col_pos, strips.col_mix) @ of_cols.t()
-        joined = nn.Linear(3 * half, 2 * half, bias=False, dtype=torch.float64)
-        joined.weight.data = torch.cat([of_far, of_cols, of_local], 1)
+        joined = nn.Linear(3 * half, 2 * half, bias=False, device="meta")
+        joined.weight = nn.Parameter(torch.cat([of_far, of_cols, of_local], 1), requires_grad=False)
         self.local = BlendedConv(tokens.local, strips.row_pos.size) if pack else tokens.local
         self.fuse = FoldedLinear(joined, pack, shift=shift, dtype=tokens.fuse.weight.dtype)
         self.channel_dwconv = FoldedConv(channels.dwconv, pack)
@@ -328,7 +331,7 @@ def _center_layer(layer: Any, pack: bool) -> nn.Module:
 
 def _sparse_block(block: Any, pack: bool) -> nn.Module:
     attn, width = block.attn, block.mlp.fc2.out_features
-    scale = torch.full((width,), block.residual_scale, dtype=torch.float64)
+    scale = attn.qkv.weight.new_full((width,), block.residual_scale, dtype=torch.float64)
     attn.qkv, block.proj = (
         FoldedLinear(attn.qkv, pack, block.norm1),
         FoldedLinear(attn.proj, pack, scale=scale),
@@ -373,8 +376,12 @@ def _fuse(module: nn.Module, pack: bool) -> nn.Module:
     if type(module) is nn.Linear and pack:
         return FoldedLinear(module, pack)
     if type(module) is nn.Conv2d and pack:
+        if PackedConv.pays(module):
+            return PackedConv(module)
         # stock convolutions of channels-last maps want weights that are channels-last, too
-        return PackedConv(module) if PackedConv.pays(module) else module.to(memory_format=torch.channels_last)
+        weight = module.weight.detach().to(memory_format=torch.channels_last)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return module
     if isinstance(module, nn.Sequential):
         _fold_batch_norm(module)
     if not isinstance(module, _WEIGHT_READERS):
@@ -392,29 +399,26 @@ def fuse_for_inference(
         model: a model of this package, or anything made of one (a `features_only` backbone, a detector). Modules that
             no rule knows stay as they are, but for linear layers, convolutions, and BatchNorm after those.
         dtype: of the copy; default: as it is. Weights are folded in float64 before they are rounded.
-        pack: lay weights out for the CPU kernels; default: where the model is on the CPU in float32, float64 or
-            bfloat16. Without it the form consists of standard operators alone, for export and other devices.
+        pack: use the operators of this package, with weights laid out for the device; default: where the model is on
+            the CPU or on a GPU. Without it the form consists of standard operators alone, for export and other devices.
 
     Returns:
         The copy, in evaluation mode. It holds folded weights only, so that it cannot be trained, and its state_dict is
-        its own: load checkpoints before.
+        its own: load checkpoints before. It may be moved and converted like any module, and lays its weights out anew.
 
     Raises:
-        ValueError: `pack=True` for a model that is elsewhere, or of another dtype.
+        ValueError: `pack=True` for a model that is elsewhere.
     """
     weights = next(model.parameters(), None)
     device = torch.device("cpu") if weights is None else weights.device
-    wanted = dtype or (torch.float32 if weights is None else weights.dtype)
-    packable = device.type == "cpu" and wanted in DTYPES
-    if pack and not packable:
-        raise ValueError(
-            f"pack=True needs a model on the CPU in float32, float64 or bfloat16, got {wanted} on {device}"
-        )
+    has_kernels = device.type in ("cpu", "cuda")
+    if pack and not has_kernels:
+        raise ValueError(f"pack=True needs a model on the CPU or on a GPU, got one on {device}")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if dtype is not None:
         model = model.to(dtype)
     with torch.no_grad():
-        return _fuse(model, packable if pack is None else pack).eval()
+        return _fuse(model, has_kernels if pack is None else pack).eval()
 
 
 def standard_form(model: nn.Module) -> nn.Module:

@@ -25,6 +25,8 @@ OPERATORS = (
     "region_route",
     "connectivity_topk",
     "connectivity_attention",
+    "depthwise_conv",
+    "response_norm",
 )
 # Of the CPU only: its threads and instruction sets, its allocations, the rounding of its vectors, indices that are
 # looked at before a kernel runs, and all 24 bits of a float (three products in TF32 keep 22).

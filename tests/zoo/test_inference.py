@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.ops import use_ops
-from vitrail.zoo import fuse_for_inference
-from vitrail.zoo.folded import FoldedLinear, MlpBranch, ResponseMlp
+from vitrail.zoo import folded, fuse_for_inference
+from vitrail.zoo.folded import FoldedLinear, MlpBranch, PackedConv, ResponseMlp
 
 from .test_families import FAMILIES, each_family, relative_error
 
@@ -190,10 +191,104 @@ def test_other_modules_keep_what_no_rule_knows():
         torch.testing.assert_close(fuse_for_inference(model)(x), model(x))
 
 
-def test_half_precision_is_left_to_stock_layers_and_packing_it_is_refused():
-    model = nn.Sequential(nn.Linear(8, 8))
-    assert type(fuse_for_inference(model, torch.float16)[0]) is nn.Linear
-    with pytest.raises(
-        ValueError, match=r"pack=True needs a model on the CPU in .*, got torch.float16 on cpu"
-    ):
-        fuse_for_inference(model, torch.float16, pack=True)
+def test_other_devices_get_standard_operators():
+    model = nn.Sequential(nn.Linear(8, 8)).to("meta")
+    assert type(fuse_for_inference(model)[0]) is nn.Linear
+    with pytest.raises(ValueError, match="pack=True needs a model on the CPU or on a GPU, got one on meta"):
+        fuse_for_inference(model, pack=True)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def _tensors(module):
+    return [
+        x for m in module.modules() for x in (*m._parameters.values(), *m._buffers.values()) if x is not None
+    ]
+
+
+class PretendedDevices(FakeTensorMode):
+    """Tensors that only say where they are: each operation wants all of its own on one device."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def move(self, x, device):
+        x = self.from_tensor(x.detach().clone())
+        with self:
+            return x.to(device)
+
+
+@pytest.fixture
+def without_panels(monkeypatch):
+    """The layers as they are on a GPU: products of a library, everything else by operators."""
+    monkeypatch.setattr(folded, "takes_panels", lambda weight: False)
+
+
+@each_family
+def test_the_form_of_a_gpu_computes_the_same(family, without_panels):
+    model = randomised(family.create(dtype=torch.float64))
+    fused, images = fuse_for_inference(model), family.images(dtype=torch.float64)
+    assert not any(getattr(module, "packed", False) for module in fused.modules())
+    with torch.no_grad():
+        assert relative_error(fused(images), model(images)) < 1e-11
+
+
+@each_family
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_model_may_be_on_a_gpu_before_and_after(family, when):
+    devices, dtype = PretendedDevices(), torch.float16
+    model = family.create().eval().requires_grad_(False).to(dtype)
+    if when == "after":
+        model = fuse_for_inference(model)
+    for module in model.modules():
+        for name, x in list(module._parameters.items()):
+            if x is not None and when == "before":
+                module._parameters[name] = nn.Parameter(devices.move(x, "cuda"), requires_grad=False)
+            elif x is not None:  # parameters of this kind cannot be moved, buffers can
+                del module._parameters[name]
+                module._buffers[name] = devices.move(x, "cpu")
+        for name, x in module._buffers.items():
+            if type(x) is torch.Tensor:
+                module._buffers[name] = devices.move(x, "cuda" if when == "before" else "cpu")
+    with devices, torch.no_grad():
+        fused = fuse_for_inference(model) if when == "before" else model.to("cuda")
+        out = fused(torch.empty(2, 3, *family.size, device="cuda", dtype=dtype))
+    assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, (2, 5))
+    assert all(x.device.type == "cuda" for x in _tensors(fused))
+    assert any(isinstance(module, FoldedLinear) for module in fused.modules())
+    assert not any(getattr(module, "packed", False) for module in fused.modules())
+
+
+@each_family
+def test_the_form_can_be_converted_and_back(family):
+    model, images = family.create().eval(), family.images()
+    with torch.no_grad():
+        want, fused = model(images), fuse_for_inference(model)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            got = fused.to(dtype)(images.to(dtype))
+            assert got.dtype == dtype
+            assert relative_error(got, want) < 0.1
+
+
+@each_family
+def test_a_form_that_is_moved_computes_the_same_bits(family, monkeypatch):
+    fused, images = fuse_for_inference(family.create()), family.images()
+    before = [x.clone() for x in _tensors(fused)]
+    with torch.no_grad():
+        want = fused(images)
+        monkeypatch.setattr(folded, "takes_panels", lambda weight: False)
+        elsewhere = copy.deepcopy(fused).to("cpu")
+        assert relative_error(elsewhere(images), want) < 1e-5
+        assert not any(getattr(module, "packed", False) for module in elsewhere.modules())
+        monkeypatch.undo()
+        back = elsewhere.to("cpu")
+        assert all(torch.equal(x, y) for x, y in zip(_tensors(back), before, strict=True))
+        assert torch.equal(back(images), want)
+
+
+def test_a_module_that_stays_where_it_is_keeps_its_tensors():
+    fused = fuse_for_inference(nn.Sequential(nn.Linear(8, 8), nn.Conv2d(256, 128, 2, 2)))
+    assert isinstance(fused[1], PackedConv)
+    before = [x.data_ptr() for x in _tensors(fused)]
+    assert [x.data_ptr() for x in _tensors(fused.to(torch.float32))] == before
