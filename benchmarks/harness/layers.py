@@ -14,6 +14,7 @@ from vitrail.ops import (
     packed_grn_mlp,
     packed_linear,
     packed_mlp,
+    response_norm,
 )
 
 from .problems import Problem, Setting
@@ -91,6 +92,22 @@ def _depthwise(side: int, width: int, batch: int, dtype: torch.dtype, kernel: in
     return Problem((torch.randn(batch, side, side, width).to(dtype),), fused, {"convolution, sum": stock})
 
 
+def _response(side: int, width: int, batch: int, dtype: torch.dtype) -> Problem:
+    """Between the layers of Strip-MLP's channel mixing, whose hidden layer is three times as wide."""
+    factor = torch.randn(3 * width)
+
+    def stock(x: Tensor) -> Tensor:
+        y = F.gelu(x)
+        norm = y.float().norm(p=2, dim=(1, 2), keepdim=True)
+        return (y * (1 + factor * (norm / (norm.mean(-1, keepdim=True) + _EPS)))).to(dtype)
+
+    def fused(x: Tensor) -> Tensor:
+        return response_norm(x, factor, _EPS, "gelu")
+
+    x = torch.randn(batch, side, side, 3 * width).to(dtype)
+    return Problem((x,), fused, {"GELU, norm, product": stock})
+
+
 def _downsampling(
     side: int, width: int, batch: int, dtype: torch.dtype, kernel: int, stride: int, channels: int
 ) -> Problem:
@@ -149,5 +166,15 @@ SETTINGS = (
         )
         for model, kernel, shapes in (("biformer_tiny", 5, _BIFORMER), ("stripmlp_tiny", 7, _STRIPS))
         for stage, side, width in shapes
+    )
+    + tuple(
+        Setting(
+            "response_norm",
+            f"stripmlp_tiny, stage {stage}",
+            partial(_response, side, width),
+            trains=False,
+            on_cpu=False,
+        )
+        for stage, side, width in _STRIPS
     )
 )

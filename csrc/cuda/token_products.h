@@ -88,7 +88,7 @@ struct SumShape {
 
 // X^T Y of each chunk; a warp has 16 channels of x.
 template <class S, int kWidth>
-__global__ void __launch_bounds__(SumShape<S, kWidth>::kThreads)
+__global__ void __launch_bounds__(SumShape<S, kWidth>::kThreads, 4)
     sum_products(const __grid_constant__ TokenMaps maps, float* to) {
     using Shape = SumShape<S, kWidth>;
     const TokenPart part(maps);

@@ -1,7 +1,4 @@
-"""The GPU kernels through nvcc, without a GPU: they compile, link, load and are registered.
-
-For Hopper among the quick tests; for every architecture, which takes ten minutes, among the slow ones.
-"""
+"""The GPU kernels through nvcc, without a GPU, for every architecture: they compile, link, load and are registered."""
 
 import os
 import re
@@ -15,6 +12,8 @@ import pytest
 
 from vitrail.ops import library
 
+# Minutes, so that they begin before the others.
+pytestmark = pytest.mark.long
 # Bytes of registers that a kernel may keep in memory instead.
 SPILLED = 128
 OPERATORS = (
@@ -29,17 +28,8 @@ OPERATORS = (
 FORWARD_ONLY = ("region_route", "connectivity_topk", "depthwise_conv", "response_norm")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("9.0",), pytest.param(library.CUDA_ARCHITECTURES, marks=pytest.mark.slow)],
-    ids=["Hopper", "all"],
-)
-def architectures(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def compiled(architectures: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The library, and what the compiler says of the kernels."""
     try:
         compiler = library.find_cuda_compiler()
@@ -47,7 +37,7 @@ def compiled(architectures: tuple[str, ...], tmp_path_factory: pytest.TempPathFa
         pytest.skip(str(error))
     path = tmp_path_factory.mktemp("cuda") / library.CUDA_LIBRARY_NAME
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_CUDA_ARCH_LIST", " ".join(architectures))
+        patch.setenv("TORCH_CUDA_ARCH_LIST", " ".join(library.CUDA_ARCHITECTURES))
         compiles, link = library.cuda_commands(compiler, path)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         said = "".join(pool.map(_run, compiles))
@@ -76,10 +66,12 @@ def test_it_compiles_without_a_warning(compiled):
     assert "warning" not in said.lower(), said[-4000:]
 
 
-def test_no_kernel_spills_badly(architectures, compiled):
+def test_no_kernel_spills_badly(compiled):
     table = kernels(compiled[1])
+    for (name, architecture), (registers, spilled) in sorted(table.items()):
+        print(f"{architecture:8}{registers:4} registers{spilled:5} bytes spilled  {name}")
     names = {name for name, _ in table}
-    for architecture in architectures:
+    for architecture in library.CUDA_ARCHITECTURES:
         code = "sm_" + architecture.removesuffix("+PTX").replace(".", "")
         assert {name for name, for_ in table if for_ == code} == names
     assert any("attend" in name for name in names)

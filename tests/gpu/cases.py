@@ -18,6 +18,7 @@ from vitrail.ops import (
     depthwise_conv,
     library,
     region_route,
+    response_norm,
     routed_attention,
     semantic_attention,
     sparse_attention,
@@ -250,6 +251,16 @@ def _depthwise_conv(draw: Draw) -> Case:
     return Case("depthwise_conv", call, floats, tuple(range(1 + given[0], len(floats))))
 
 
+def _response_norm(draw: Draw) -> Case:
+    x = draw.normal(draw.batch, *draw.grid(), draw.size(1, 300))
+    weight, activation = draw.normal(x.shape[-1]), draw.one_of("none", "gelu")
+
+    def call(x, weight):
+        return response_norm(x, weight, 1e-6, activation)
+
+    return Case("response_norm", call, (x, weight), (1,))
+
+
 def _region_route(draw: Draw) -> Case:
     grid, region, channels = draw.grid(), (draw.size(1, 8), draw.size(1, 8)), draw.size(1, 100)
     regions = -(-grid[0] // region[0]) * -(-grid[1] // region[1])
@@ -330,6 +341,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "sparse_attention": _sparse_attention,
     "strip_mix": _strip_mix,
     "depthwise_conv": _depthwise_conv,
+    "response_norm": _response_norm,
     "region_route": _region_route,
     "connectivity_topk": _connectivity_topk,
     "connectivity_attention": _connectivity_attention,
