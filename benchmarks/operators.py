@@ -137,6 +137,19 @@ def places(
                         yield Place(setting, batch, kind == "training")
 
 
+def described(place: Place, args: argparse.Namespace) -> dict[str, Any]:
+    """What a row is of, on any device."""
+    return {
+        "operator": place.setting.operator,
+        "setting": place.setting.name,
+        "batch": place.batch,
+        "kind": PASSES[place.training],
+        "dtype": args.dtype,
+        "threads": torch.get_num_threads(),
+        "compiled": place.setting.compiled(place.training, args.device),
+    }
+
+
 def measure(place: Place, args: argparse.Namespace, seconds: float) -> Row:
     """Time the candidates of one row."""
     if args.device != "cpu":
@@ -153,14 +166,8 @@ def measure(place: Place, args: argparse.Namespace, seconds: float) -> Row:
     rate = gemm_rate(found.pop(GEMM))
     fused = found[FUSED].median
     return Row(
-        operator=place.setting.operator,
-        setting=place.setting.name,
-        batch=place.batch,
-        kind=PASSES[place.training],
-        dtype=args.dtype,
-        threads=torch.get_num_threads(),
+        **described(place, args),
         macs=macs,
-        compiled=place.setting.compiled(place.training),
         gemm_gflops=2 * rate / 1e9,
         efficiency=macs / fused / rate,
         spread=max(map(spread, found.values())),
@@ -228,14 +235,8 @@ def measure_on_gpu(place: Place, args: argparse.Namespace, seconds: float) -> Gp
             *times, errors.get(name), peak_bytes, None, graph, compared, refused.get(name)
         )
     return GpuRow(
-        operator=place.setting.operator,
-        setting=place.setting.name,
-        batch=place.batch,
-        kind=PASSES[place.training],
-        dtype=args.dtype,
-        threads=torch.get_num_threads(),
+        **described(place, args),
         macs=macs,
-        compiled=place.setting.compiled(place.training, args.device),
         gemm_gflops=2 * bounds.macs_per_second / 1e9,
         efficiency=macs / best / bounds.macs_per_second,
         spread=max(map(spread, eager.values())),

@@ -4,8 +4,9 @@
 stored.
 """
 
+from collections.abc import Callable
 from math import log
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from ._checks import check_parameter, check_token_attention, check_tokens
 from ._operator import Operator, wide_dtype
 from .connectivity_topk import check_candidates_in_range, check_choice, choose
 from .connectivity_topk import reference as choose_by_definition
-from .sparse_attention import reference as attend
+from .sparse_attention import reference as attend_by_definition
 from .sparse_attention import sparse_attention
 
 # --- the definition ---------------------------------------------------------------------------------------------------
@@ -42,7 +43,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, num_pruned: int, num_heads:
     return join_heads(attention @ split_heads(v, num_heads))
 
 
-def reference(
+def _one_after_the_other(
+    choose: Callable[..., Tensor],
+    attend: Callable[..., Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -61,62 +64,32 @@ def reference(
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    """The definition in plain PyTorch; differentiable, traceable, and the body that export uses."""
-    dtype = wide_dtype(q)
-    queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    logits = connectivity_logits(queries[:, num_dense:].detach(), compressed, offset, projection, num_heads)
-    lists = choose_by_definition(
-        logits,
-        basis,
-        candidates,
-        num_keys,
-        num_coefficients,
-        coefficient_threshold,
-        basis_threshold,
-        score_threshold,
-    )
-    out = attend(queries[:, num_dense:], keys, values, lists, num_heads, scale)
+    """Logits, choice, attention: `choose` and `attend` are operators or their definitions."""
+    chooses = q[:, num_dense:]
+    logits = connectivity_logits(chooses.detach(), compressed, offset, projection, num_heads)
+    settings = (num_keys, num_coefficients, coefficient_threshold, basis_threshold, score_threshold)
+    out = attend(chooses, k, v, choose(logits, basis, candidates, *settings), num_heads, scale)
     if num_dense > 0:
-        first = dense_attention(queries[:, :num_dense], keys, values, num_pruned, num_heads, scale)
-        out = torch.cat([first, out], 1)
-    return out.to(q.dtype)
+        queries, keys, values = (x.to(wide_dtype(x)) for x in (q[:, :num_dense], k, v))
+        first = dense_attention(queries, keys, values, num_pruned, num_heads, scale)
+        out = torch.cat([first.to(out.dtype), out], 1)
+    return out
 
 
-def composed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    compressed: Tensor,
-    offset: Tensor,
-    projection: Optional[Tensor],
-    basis: Tensor,
-    candidates: Optional[Tensor],
-    num_keys: int,
-    num_coefficients: int,
-    coefficient_threshold: float,
-    basis_threshold: float,
-    score_threshold: float,
-    num_dense: int,
-    num_pruned: int,
-    num_heads: int,
-    scale: float,
-) -> Tensor:
+def reference(*args: Any) -> Tensor:
+    """The definition in plain PyTorch; differentiable, traceable, and the body that export uses."""
+    wide = (x.to(wide_dtype(x)) for x in args[:3])
+    out = _one_after_the_other(choose_by_definition, attend_by_definition, *wide, *args[3:])
+    return out.to(args[0].dtype)
+
+
+def composed(*args: Any) -> Tensor:
     """The same by the operators that this one joins, which have kernels and gradients of their own.
 
     On a GPU this is how it runs: logits are one product of matrices, and lists are small beside what they save. On the
     CPU a kernel does all at once, as it can keep the lists of some queries in the cache.
     """
-    dtype = wide_dtype(q)
-    chooses = q[:, num_dense:]
-    logits = connectivity_logits(chooses.detach(), compressed, offset, projection, num_heads)
-    settings = (num_keys, num_coefficients, coefficient_threshold, basis_threshold, score_threshold)
-    keys = choose(logits, basis, candidates, *settings)
-    out = sparse_attention(chooses, k, v, keys, num_heads, scale)
-    if num_dense > 0:
-        queries = q[:, :num_dense].to(dtype)
-        first = dense_attention(queries, k.to(dtype), v.to(dtype), num_pruned, num_heads, scale)
-        out = torch.cat([first.to(out.dtype), out], 1)
-    return out
+    return _one_after_the_other(choose, sparse_attention, *args)
 
 
 def _fake(q, k, v, *_):

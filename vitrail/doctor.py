@@ -102,7 +102,7 @@ def _operators(status: LibraryStatus, device: str) -> list[OperatorPath]:
         elif status.mode == "reference":
             reason = "VITRAIL_OPS=reference"
         elif status.loaded:
-            reason = "has no compiled kernel yet"
+            reason = "has no compiled kernel"
         else:
             reason = status.reason or "the library is not built yet"
         paths.append(OperatorPath(name.removeprefix("vitrail::").split(".")[0], device, compiled, reason))

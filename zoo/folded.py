@@ -45,17 +45,16 @@ class Placed(nn.Module):
         pack: whether it runs on the operators of this package; else on standard ones alone, for other runtimes.
     """
 
+    wide: tuple[str, ...] = ()
+    """Names of the buffers that the operators take in the type of sums."""
+
     def __init__(self, pack: bool):
         super().__init__()
         self.pack = pack
 
     def place(self) -> None:
         """Brings buffers into the layout and dtype that the operators take; called for modules that pack."""
-        raise NotImplementedError
-
-    def _widen(self, *names: str) -> None:
-        """Buffers of the type of sums."""
-        for name in names:
+        for name in self.wide:
             x = getattr(self, name)
             setattr(self, name, None if x is None else x.to(wide_dtype(x)))
 
@@ -111,6 +110,7 @@ class _Folded(Placed):
         return len(weight)
 
     def place(self) -> None:
+        super().place()
         for name, (columns, depth) in self.sizes.items():
             weight = _laid_out(getattr(self, f"weight{name}"), columns, depth)
             self.packed = weight.dim() > 2
@@ -218,20 +218,16 @@ class ResponseMlp(_Folded):
     shift1: Tensor
     shift2: Tensor
     grn_weight: Tensor
+    wide = ("grn_weight",)
 
     def __init__(self, norm: nn.LayerNorm, mlp: Any, pack: bool):
         super().__init__(mlp.fc1, norm, pack)
         grn = mlp.grn
-        weight = grn.weight.detach().flatten()
-        self.register_buffer("grn_weight", weight.to(wide_dtype(weight) if pack else self.dtype))
+        self.register_buffer("grn_weight", grn.weight.detach().flatten().to(self.dtype))
         self.hidden_features = self.fold("1", mlp.fc1, norm)
         shift = mlp.fc2.weight.double() @ grn.bias.double().flatten()
         self.out_features = self.fold("2", mlp.fc2, shift=shift)
         self.grn_eps = grn.eps
-
-    def place(self) -> None:
-        super().place()
-        self._widen("grn_weight")
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if self.packed:
@@ -311,6 +307,7 @@ class FoldedConv(Placed):
     bias: Optional[Tensor]
     scale: Optional[Tensor]
     shift: Optional[Tensor]
+    wide = ("weight", "bias", "scale", "shift")
 
     def __init__(
         self,
@@ -323,13 +320,11 @@ class FoldedConv(Placed):
         super().__init__(pack)
         self.activation = activation
         self.padding = conv.padding
+        # scale and shift come in float64 and are rounded once
         dtype = wide_dtype(conv.weight) if pack else conv.weight.dtype
         self.register_buffer("weight", taps_of(conv).to(dtype) if pack else conv.weight.detach())
         for name, x in (("bias", conv.bias), ("scale", scale), ("shift", shift)):
             self.register_buffer(name, None if x is None else x.detach().to(dtype))
-
-    def place(self) -> None:
-        self._widen("weight", "bias", "scale", "shift")
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         if self.pack:

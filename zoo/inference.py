@@ -84,6 +84,7 @@ class BlendedConv(Placed):
     taps: Tensor
     rows: Tensor
     columns: Tensor
+    wide = ("taps",)
 
     def __init__(self, local: stripmlp.LocalStripMixing, size: tuple[int, int]):
         super().__init__(pack=True)
@@ -96,9 +97,6 @@ class BlendedConv(Placed):
             self.register_buffer(name, _meets(side, length).to(identity.device, dtype))
         self.reweight = local.reweight
         self.place()
-
-    def place(self) -> None:
-        self._widen("taps")
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape

@@ -119,51 +119,6 @@ VITRAIL_DEVICE void set_kept(uint32_t* to, const uint32_t* mask, Place first, Pl
     }
 }
 
-// How often the lists of some queries name each of 64 keys. A key that is named n times is attended to n
-// times: its tile is taken in n rounds, each with those keys that are left.
-class RepeatCounts {
-    static constexpr int kKeys = 64;
-
-  public:
-    static constexpr int bytes(int queries) { return (queries * kKeys + 1) * int(sizeof(uint32_t)); }
-
-    VITRAIL_DEVICE RepeatCounts(void* memory, int queries)
-        : highest_(static_cast<uint32_t*>(memory)), counts_(highest_ + 1), queries_(queries) {}
-
-    // find(i) is the number of a query, or -1; `first` the first of the keys. Returns the number of rounds.
-    template <class Find>
-    VITRAIL_DEVICE int fill(const KeyMasks& masks, Place image, Place head, Place first, Find find) const {
-        for (int i = int(threadIdx.x); i <= queries_ * kKeys; i += int(blockDim.x)) highest_[i] = 0;
-        __syncthreads();
-        for (int i = warp(); i < queries_; i += int(blockDim.x) / kWarp) {
-            const Place query = find(i);
-            if (query < 0) continue;
-            for (Place slot = lane(); slot < masks.list_slots(); slot += kWarp) {
-                const int64_t key = masks.listed(image, head, query, slot) - first;
-                if (key >= 0 && key < kKeys)
-                    atomicMax(highest_, atomicAdd(counts_ + i * kKeys + int(key), 1u) + 1u);
-            }
-        }
-        __syncthreads();
-        return int(*highest_);
-    }
-
-    // Keeps what is left in a round.
-    VITRAIL_DEVICE void keep(int round, uint32_t* kept) const {
-        for (int i = int(threadIdx.x); i < 2 * queries_; i += int(blockDim.x)) {
-            uint32_t bits = 0;
-            for (int key = 0; key < 32; ++key)
-                bits |= uint32_t(counts_[i * 32 + key] > uint32_t(round)) << key;
-            kept[i] = bits;
-        }
-        __syncthreads();
-    }
-
-  private:
-    uint32_t *const highest_, *const counts_;
-    const int queries_;
-};
-
 // A block of queries, of one head, and the tiles of keys that it looks at.
 template <class S, int kWidth>
 class QueryBlock {

@@ -74,9 +74,9 @@ void run_forward(const BlockKernels<Arguments>& kernels, const Arguments& a, int
 
 // --- gradients ---
 
-// Checks what the forward operator returned, and the gradient of its result.
-inline void set_outputs(const Checks& checks, const Tensor& grad, const Tensor& out, const Tensor& lse,
-                        const Tensor& q, const Tensor& v, BlockAttention& a, BlockGradients& g) {
+// Checks what the forward operator returned, and the gradient of its result, with which gradients begin.
+inline BlockGradients set_outputs(const Checks& checks, const Tensor& grad, const Tensor& out,
+                                  const Tensor& lse, const Tensor& q, const Tensor& v, BlockAttention& a) {
     const std::vector<int64_t> shape = {q.size(0), q.size(1), q.size(2), v.size(3)};
     const auto check = [&](const char* name, const Tensor& t, ScalarType type) {
         checks.placed(name, t, q);
@@ -89,9 +89,11 @@ inline void set_outputs(const Checks& checks, const Tensor& grad, const Tensor& 
     check("out", out, q.scalar_type());
     checks.shape("lse", lse, {q.size(0), q.size(1), q.size(2), a.heads});
     check("lse", lse, compute_type(a.storage));
-    g.out = grid_of(grad);
     a.out = grid_of(out);
     a.lse = grid_of(lse);
+    BlockGradients g = {};
+    g.out = grid_of(grad);
+    return g;
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {

@@ -80,8 +80,7 @@ RoutedGradients routed_attention_backward(const Tensor& grad, const Tensor& out,
     typename Device::Routing routing;
     RoutedAttention a = routed_arguments(checks, q, k, v, routes, weights, region_size, kv_region_size,
                                          num_heads, scale, routing);
-    BlockGradients g = {};
-    set_outputs(checks, grad, out, lse, q, v, a, g);
+    BlockGradients g = set_outputs(checks, grad, out, lse, q, v, a);
     return Device::gradients(a, g, q, k, v, weights);
 }
 

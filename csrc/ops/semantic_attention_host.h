@@ -64,8 +64,7 @@ SemanticGradients semantic_attention_backward(const Tensor& grad, const Tensor& 
     const Checks checks("semantic_attention_backward");
     SemanticAttention a =
         semantic_arguments(checks, q, k, v, own_k, own_v, window_size, patch_size, num_heads, scale);
-    BlockGradients g = {};
-    set_outputs(checks, grad, out, lse, q, v, a, g);
+    BlockGradients g = set_outputs(checks, grad, out, lse, q, v, a);
     return Device::gradients(a, g, q, k, v, own_k, own_v);
 }
 

@@ -83,8 +83,7 @@ WindowGradients window_attention_backward(const Tensor& grad, const Tensor& out,
     std::vector<Tensor> keep;
     WindowAttention a = window_arguments(checks, q, k, v, bias, pad_key, pad_value, window_size, shift,
                                          num_heads, scale, keep);
-    BlockGradients g = {};
-    set_outputs(checks, grad, out, lse, q, v, a, g);
+    BlockGradients g = set_outputs(checks, grad, out, lse, q, v, a);
     return Device::gradients(a, g, q, k, v, bias, pad_key, pad_value);
 }
 

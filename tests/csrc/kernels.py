@@ -29,6 +29,18 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, to
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.float64: 3e-14, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 if GPU_KERNELS:  # which know no float64
     del TOLERANCE[torch.float64], GRADIENT_TOLERANCE[torch.float64]
+# Operators with GPU kernels, forward and backward; those whose gradients no kernel gives: a choice has none, the others
+# are for inference; and one that is made of these.
+GPU_OPERATORS = (
+    "routed_attention",
+    "window_attention",
+    "semantic_attention",
+    "sparse_attention",
+    "channel_attention",
+    "strip_mix",
+)
+GPU_FORWARD_ONLY = ("region_route", "connectivity_topk", "depthwise_conv", "response_norm")
+GPU_COMPOSED = ("connectivity_attention",)
 OTHER_CAPABILITIES = ("default", "avx2", "avx512")
 # Of properties; fewer where another instruction set, or the slow emulation, runs them once more.
 EXAMPLES = 20 if EMULATED else 30 if "ATEN_CPU_CAPABILITY" in os.environ else 100

@@ -12,20 +12,12 @@ import pytest
 
 from vitrail.ops import library
 
+from .kernels import GPU_FORWARD_ONLY, GPU_OPERATORS
+
 # Minutes, so that they begin before the others.
 pytestmark = pytest.mark.long
 # Bytes of registers that a kernel may keep in memory instead.
 SPILLED = 128
-OPERATORS = (
-    "routed_attention",
-    "window_attention",
-    "semantic_attention",
-    "sparse_attention",
-    "channel_attention",
-    "strip_mix",
-)
-# No kernel gives their gradients: a choice has none, the others are for inference.
-FORWARD_ONLY = ("region_route", "connectivity_topk", "depthwise_conv", "response_norm")
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +77,9 @@ def test_it_loads_where_there_is_no_gpu_and_registers_its_kernels(compiled):
     import vitrail.ops
     from vitrail.ops.library import has_kernel
     torch.ops.load_library({str(compiled[0])!r})
-    for name in {OPERATORS + FORWARD_ONLY}:
+    for name in {GPU_OPERATORS + GPU_FORWARD_ONLY}:
         assert has_kernel(f"vitrail::{{name}}", "CUDA"), name
-    for name in {OPERATORS}:
+    for name in {GPU_OPERATORS}:
         assert has_kernel(f"vitrail::{{name}}_backward", "CUDA"), name
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)

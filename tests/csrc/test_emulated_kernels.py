@@ -13,21 +13,10 @@ import pytest
 from vitrail.ops import library
 
 from .emulation import EMULATED
+from .kernels import GPU_COMPOSED, GPU_FORWARD_ONLY, GPU_OPERATORS
 
 HERE = Path(__file__).parent
-OPERATORS = (
-    "routed_attention",
-    "window_attention",
-    "semantic_attention",
-    "sparse_attention",
-    "channel_attention",
-    "strip_mix",
-    "region_route",
-    "connectivity_topk",
-    "connectivity_attention",
-    "depthwise_conv",
-    "response_norm",
-)
+OPERATORS = (*GPU_OPERATORS, *GPU_FORWARD_ONLY, *GPU_COMPOSED)
 # Of the CPU only: its threads and instruction sets, its allocations, the rounding of its vectors, indices that are
 # looked at before a kernel runs, and all 24 bits of a float (three products in TF32 keep 22).
 NOT_HERE = (

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="the kernels themselves run here"
 def test_random_calls_of_the_emulated_kernels_match_the_definitions():
     names = [name for name in CASES if name in OPERATORS]
     assert names
-    chosen = "(matches or bits) and (" + " or ".join(f"{name}-" for name in names) + ")"
+    # layouts and repeated calls are tried by the operators' own tests
+    chosen = "(tiny or many) and (" + " or ".join(f"{name}-" for name in names) + ")"
     environment = {
         **os.environ,
         "VITRAIL_LIBRARY": str(library.build(part=EMULATED)),
