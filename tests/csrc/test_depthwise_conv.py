@@ -68,8 +68,8 @@ def convolution(x: Tensor, weight: Tensor) -> Tensor:
 def definition(x, weight, bias, residual, scale, shift, activation) -> tuple[Tensor, Tensor]:
     """The result, and the magnitude of what was added up."""
     y = x.double() * (1 if scale is None else scale.double()) + (0 if shift is None else shift.double())
-    y = F.gelu(y) if activation == "gelu" else y
-    out, bound = convolution(y, weight), convolution(y.abs(), weight.abs())
+    bound = convolution(y.abs(), weight.abs())  # gelu's 1 + erf cancels: its error is one of y
+    out = convolution(F.gelu(y) if activation == "gelu" else y, weight)
     for more in (bias, residual):
         if more is not None:
             out, bound = out + more.double(), bound + more.double().abs()
@@ -115,7 +115,7 @@ def test_matches_the_definition(shape, dtype):
     assert_matches(replace(SHAPES[shape], dtype=dtype).arguments())
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(
     case=st.builds(
         Case,

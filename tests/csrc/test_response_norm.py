@@ -37,8 +37,9 @@ def assert_matches(arguments: list) -> None:
     want, got = definition(*arguments), normalise(arguments)
     assert got.dtype == x.dtype
     assert got.is_contiguous()
-    # of the rounding of the result, and for float32 of activation and norms
-    limit = TOLERANCE[x.dtype] * want.abs().max()
+    # of the rounding of the result and of what it is made from, where terms may cancel: in gelu's 1 + erf, and in y + f * y
+    y = F.gelu(x.double()) if arguments[3] == "gelu" else x.double()
+    limit = TOLERANCE[x.dtype] * (x.double().abs() + (want - y).abs()).max()
     assert (got.double() - want).abs().max() <= limit
 
 
@@ -61,7 +62,7 @@ def test_matches_the_definition(shape, dtype, activation):
     assert_matches(example(SHAPES[shape], dtype, activation))
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 140), st.integers(1, 140)),
     dtype=st.sampled_from(list(TOLERANCE)),
