@@ -1,8 +1,15 @@
-"""What the whole suite shares: the order of the tests, and how pytest-xdist deals them out."""
+"""What the whole suite shares: the order of the tests, how pytest-xdist deals them out, and which examples
+hypothesis tries."""
 
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time, so that a failure speaks of the change; `--hypothesis-profile=explore` tries others.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

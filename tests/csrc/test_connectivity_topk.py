@@ -157,7 +157,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=EXAMPLES * 3 // 2, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES * 3 // 2)
 @given(cases, st.integers(0, 99))
 def test_chooses_where_the_mixture_is_largest_for_any_sizes(case, seed):
     assert_chooses_the_largest(case.arguments(seed))

@@ -115,7 +115,7 @@ def test_matches_the_definition(shape, dtype):
     assert_matches(replace(SHAPES[shape], dtype=dtype).arguments())
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES)
 @given(
     case=st.builds(
         Case,

@@ -25,7 +25,7 @@ def grids(batch, grid, kv_grid, channels, dtype, seed=0):
     return [torch.randn(batch, *size, channels, generator=g).to(dtype) for size in (grid, kv_grid)]
 
 
-@settings(max_examples=EXAMPLES * 3 // 2, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES * 3 // 2)
 @given(
     batch=st.integers(1, 3),
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),

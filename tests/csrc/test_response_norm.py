@@ -62,7 +62,7 @@ def test_matches_the_definition(shape, dtype, activation):
     assert_matches(example(SHAPES[shape], dtype, activation))
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 140), st.integers(1, 140)),
     dtype=st.sampled_from(list(TOLERANCE)),

@@ -169,7 +169,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES)
 @given(cases, st.integers(0, 99))
 def test_matches_the_definition_for_any_sizes(case, seed):
     assert_matches(case, case.arguments(seed))

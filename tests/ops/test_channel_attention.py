@@ -48,7 +48,7 @@ def test_every_channel_attends_to_the_channels_of_its_head_over_all_tokens(mode,
         assert error(channel_attention(**args, scale=scale), by_hand(**args, scale=scale)) < 1e-13
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 3),
     height=st.integers(1, 9),

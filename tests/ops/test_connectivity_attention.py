@@ -94,7 +94,7 @@ def test_it_is_the_choice_and_the_attention_in_one(mode, settings):
     assert got.is_contiguous()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 2),
     tokens=st.integers(4, 9),

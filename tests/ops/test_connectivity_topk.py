@@ -75,7 +75,7 @@ def test_keys_are_where_the_mixture_of_the_largest_coefficients_is_largest(mode,
     assert_keys_are_the_largest(keys, rows_by_hand(**args), 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 2),

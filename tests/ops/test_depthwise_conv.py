@@ -64,7 +64,7 @@ def error(got, want):
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     images=st.integers(1, 3),
     height=st.integers(1, 20),

@@ -61,7 +61,7 @@ def error(got, want):
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     images=st.integers(1, 3),
     size=st.tuples(*[st.integers(1, 40)] * 2),

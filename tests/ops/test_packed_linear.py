@@ -99,7 +99,7 @@ def test_only_matrices_can_be_packed(weight, kind, message):
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.sampled_from([(1,), (13,), (109,), (2, 3, 40), (500,)]),
     depth=st.integers(1, 70),

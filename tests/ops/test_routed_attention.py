@@ -98,7 +98,7 @@ def test_keys_may_lie_on_a_coarser_grid_with_regions_of_their_own(mode):
     assert error(got, by_hand(**args, kv_region_size=[2, 2], scale=0.3)) < 1e-13
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 2),
     height=st.integers(1, 9),
@@ -315,7 +315,7 @@ def test_the_bare_operator_never_reads_past_the_regions(bad_route):
         OP(a["q"], a["k"], a["v"], routes, None, [3, 2], [3, 2], 2, 0.5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(h=st.integers(1, 12), w=st.integers(1, 12), rh=st.integers(1, 5), rw=st.integers(1, 5))
 def test_partition_and_merge_are_inverse_and_means_leave_padding_out(h, w, rh, rw):
     x = torch.randn(2, h, w, 3, dtype=torch.float64)

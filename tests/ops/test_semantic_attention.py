@@ -85,7 +85,7 @@ def test_semantic_tokens_attend_to_their_window_and_its_patch(mode, windows, win
         assert error(semantic_attention(**args), by_hand(**args)) < 1e-13
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 2),
     height=st.integers(1, 9),

@@ -59,7 +59,7 @@ def test_every_query_attends_to_the_keys_of_its_list(mode, kind, scale):
     assert got.is_contiguous()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 2),
     queries=st.integers(1, 5),

@@ -75,7 +75,7 @@ def test_every_token_receives_from_its_strip_and_the_two_beside_it(mode, axis, b
         assert error(strip_mix(**args), by_hand(**args)) < 1e-13
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     batch=st.integers(1, 3),
     height=st.integers(1, 6),

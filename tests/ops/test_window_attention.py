@@ -93,7 +93,7 @@ def test_every_token_attends_to_the_tokens_of_its_window(mode, extras, window, s
         assert error(window_attention(**args), by_hand(**args)) < 1e-13
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 2),
     height=st.integers(1, 6),

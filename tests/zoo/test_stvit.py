@@ -206,7 +206,7 @@ def test_pico_has_under_a_million_parameters(name):
 # --- semantic tokens --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(h=st.integers(1, 40), w=st.integers(1, 40), bins_h=st.integers(1, 20), bins_w=st.integers(1, 20))
 def test_bins_are_those_of_adaptive_pooling(h, w, bins_h, bins_w):
     x = torch.randn(2, h, w, 3)

@@ -124,7 +124,7 @@ def test_a_bad_file_gives_one_error_and_no_output(kind, bad, tmp_path):
     assert not Malicious.trace.exists(), "code in the file was executed"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_refused_with_the_same_error(content):
     for suffix in (".pth", ".safetensors"):
@@ -135,7 +135,7 @@ def test_any_bytes_are_refused_with_the_same_error(content):
                 read_checkpoint(file.name)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), old_format=st.booleans())
 def test_a_damaged_checkpoint_loads_or_is_refused_and_never_fails_otherwise(data, old_format):
     buffer = io.BytesIO()
