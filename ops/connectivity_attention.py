@@ -17,8 +17,7 @@ from ._checks import check_parameter, check_token_attention, check_tokens
 from ._operator import Operator, wide_dtype
 from .connectivity_topk import check_candidates_in_range, check_choice, choose
 from .connectivity_topk import reference as choose_by_definition
-from .sparse_attention import reference as attend_by_definition
-from .sparse_attention import sparse_attention
+from .sparse_attention import reference_of_masks, reference_of_sets, sparse_attention
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
@@ -79,7 +78,9 @@ def _one_after_the_other(
 def reference(*args: Any) -> Tensor:
     """The definition in plain PyTorch; differentiable, traceable, and the body that export uses."""
     wide = (x.to(wide_dtype(x)) for x in args[:3])
-    out = _one_after_the_other(choose_by_definition, attend_by_definition, *wide, *args[3:])
+    num_keys = args[8]
+    attend = reference_of_sets if num_keys > 0 else reference_of_masks
+    out = _one_after_the_other(choose_by_definition, attend, *wide, *args[3:])
     return out.to(args[0].dtype)
 
 

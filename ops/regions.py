@@ -99,17 +99,38 @@ def merge(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
     return crop_grid(x, height, width)
 
 
+def partition_heads(x: Tensor, region_size: List[int], num_heads: int) -> Tensor:
+    """Cut `(B, H, W, heads * d)` into `(B, heads, regions, tokens of a region, d)`, moving everything once."""
+    b, h, w, c = x.shape
+    rh, rw = region_size
+    nh, nw = ceil_div(h, rh), ceil_div(w, rw)
+    d = c // num_heads
+    x = pad_grid(x, nh * rh, nw * rw).reshape(b, nh, rh, nw, rw, num_heads, d)
+    return relaid(x.permute(0, 5, 1, 3, 2, 4, 6), [b, num_heads, nh * nw, rh * rw, d])
+
+
+def merge_heads(x: Tensor, region_size: List[int], height: int, width: int) -> Tensor:
+    """Inverse of `partition_heads`."""
+    b, heads, _, _, d = x.shape
+    rh, rw = region_size
+    nh, nw = ceil_div(height, rh), ceil_div(width, rw)
+    x = x.reshape(b, heads, nh, nw, rh, rw, d).permute(0, 2, 4, 3, 5, 1, 6)
+    return crop_grid(relaid(x, [b, nh * rh, nw * rw, heads * d]), height, width)
+
+
 def region_means(x: Tensor, region_size: List[int]) -> Tensor:
     """Mean token of every region, `(B, H, W, C)` to `(B, regions, C)`; what reaches past the grid is left out."""
-    _, h, w, _ = x.shape
+    b, h, w, c = x.shape
     rh, rw = region_size
-    regions = partition(x, region_size)
+    nh, nw = ceil_div(h, rh), ceil_div(w, rw)
+    regions = pad_grid(x, nh * rh, nw * rw).reshape(b, nh, rh, nw, rw, c)
+    # one axis after the other, which leaves the tokens where they are
     if is_zero(h % rh) and is_zero(w % rw):
-        return regions.mean(2)
-    rows = (h - rh * torch.arange(ceil_div(h, rh), device=x.device)).clamp(max=rh)
-    cols = (w - rw * torch.arange(ceil_div(w, rw), device=x.device)).clamp(max=rw)
+        return relaid(regions.mean(4).mean(2), [b, nh * nw, c])
+    rows = (h - rh * torch.arange(nh, device=x.device)).clamp(max=rh)
+    cols = (w - rw * torch.arange(nw, device=x.device)).clamp(max=rw)
     counts = (rows[:, None] * cols).reshape(1, -1, 1)
-    return regions.sum(2) / counts.to(x.dtype)
+    return relaid(regions.sum(4).sum(2), [b, nh * nw, c]) / counts.to(x.dtype)
 
 
 def concrete(size: List[int]) -> List[int]:

@@ -10,41 +10,43 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 
-from ._attention import AttentionOperator, Operands, join_heads, split_heads
+from ._attention import AttentionOperator, Operands
 from ._checks import check_grids, check_heads, check_region_size, check_routes_in_range
 from ._operator import wide_dtype
-from .regions import concrete, merge, partition, region_count
+from .regions import concrete, merge_heads, partition_heads, region_count
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-def _select(x: Tensor, routes: Tensor) -> Tensor:
-    """The tokens of the chosen regions: `(B, Rk, S, C)` and `(B, R, topk)` to `(B, R, topk * S, C)`.
+def _select(x: Tensor, rows: Tensor) -> Tensor:
+    """Tokens of chosen regions: `(B, heads, Rk, S, d)` and numbers `(B, heads, R, k)` to `(B, heads, R, k * S, d)`.
 
     Whole regions by a flat index: several times faster than an element-wise gather, here and in ONNX Runtime.
     """
-    b, regions, tokens, c = x.shape
-    flat = routes + regions * torch.arange(b, device=routes.device, dtype=routes.dtype).view(b, 1, 1)
-    chosen = x.reshape(b * regions, tokens * c).index_select(0, flat.flatten())
-    return chosen.reshape(b, routes.shape[1], routes.shape[2] * tokens, c)
+    b, heads, regions, tokens, d = x.shape
+    chosen = x.reshape(b * heads * regions, tokens * d).index_select(0, rows.flatten())
+    return chosen.reshape(b, heads, rows.shape[2], rows.shape[3] * tokens, d)
 
 
 def _address(q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale) -> Operands:
-    """Per region: its queries, and the keys and values of the regions that it chose."""
+    """Per head and region: its queries, and the keys and values of the regions that it chose."""
     factors = None
     if weights is not None:
         tokens = kv_region_size[0] * kv_region_size[1]
-        factors = weights.to(q.dtype).repeat_interleave(tokens, -1)[:, :, None, None]
+        factors = weights.to(q.dtype).repeat_interleave(tokens, -1)[:, None, :, None]
+    keys, values = (partition_heads(x, kv_region_size, num_heads) for x in (k, v))
+    first = keys.shape[2] * torch.arange(keys.shape[0] * num_heads, device=routes.device, dtype=routes.dtype)
+    rows = routes.unsqueeze(1) + first.view(-1, num_heads, 1, 1)
     return Operands(
-        split_heads(partition(q, region_size), num_heads) * scale,
-        split_heads(_select(partition(k, kv_region_size), routes), num_heads),
-        split_heads(_select(partition(v, kv_region_size), routes), num_heads),
+        partition_heads(q, region_size, num_heads) * scale,
+        _select(keys, rows),
+        _select(values, rows),
         factors=factors,
     )
 
 
 def _collect(x, q, k, v, routes, weights, region_size, *_) -> Tensor:
-    return merge(join_heads(x), region_size, q.shape[1], q.shape[2])
+    return merge_heads(x, region_size, q.shape[1], q.shape[2])
 
 
 def _shapes(q, k, v, routes, weights, region_size, kv_region_size, num_heads, scale):

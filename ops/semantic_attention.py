@@ -10,9 +10,9 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 
-from ._attention import AttentionOperator, Operands, join_heads, split_heads
+from ._attention import AttentionOperator, Operands
 from ._checks import check_grid, check_grids, check_heads, check_like, check_region_size
-from .regions import concrete, merge, partition
+from .regions import concrete, merge_heads, partition_heads
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
@@ -23,28 +23,29 @@ def _offsets(size: int, patch: int, count: int, like: Tensor) -> Tensor:
     return start[:, None] + torch.arange(patch, device=like.device)
 
 
-def _patches(x: Tensor, q: Tensor, window_size: List[int], patch_size: List[int]) -> Tensor:
-    """`(B, H, W, C)` to `(B, windows, tokens of a patch, C)`, one patch for each window of the semantic tokens."""
+def _patches(x: Tensor, q: Tensor, window_size: List[int], patch_size: List[int], num_heads: int) -> Tensor:
+    """`(B, H, W, C)` to `(B, heads, windows, tokens, d)`: a patch for each window of the semantic tokens."""
     rows = _offsets(x.shape[1], patch_size[0], q.shape[1] // window_size[0], x)
     cols = _offsets(x.shape[2], patch_size[1], q.shape[2] // window_size[1], x)
     index = (rows * x.shape[2])[:, None, :, None] + cols[None, :, None, :]
-    chosen = x.flatten(1, 2).index_select(1, index.flatten())
-    return chosen.unflatten(1, (rows.shape[0] * cols.shape[0], patch_size[0] * patch_size[1]))
+    tokens = x.flatten(1, 2).unflatten(2, (num_heads, x.shape[3] // num_heads)).transpose(1, 2)
+    chosen = tokens.index_select(2, index.flatten())
+    return chosen.unflatten(2, (rows.shape[0] * cols.shape[0], patch_size[0] * patch_size[1]))
 
 
 def _address(q, k, v, own_k, own_v, window_size, patch_size, num_heads, scale) -> Operands:
     """Per window: its queries, and the keys and values of itself and of its patch."""
 
     def both(own, image):
-        own, image = partition(own, window_size), _patches(image, q, window_size, patch_size)
-        return split_heads(torch.cat([own, image], 2), num_heads)
+        own = partition_heads(own, window_size, num_heads)
+        return torch.cat([own, _patches(image, q, window_size, patch_size, num_heads)], 3)
 
-    queries = split_heads(partition(q, window_size), num_heads) * scale
+    queries = partition_heads(q, window_size, num_heads) * scale
     return Operands(queries, both(own_k, k), both(own_v, v))
 
 
 def _collect(x, q, k, v, own_k, own_v, window_size, *_) -> Tensor:
-    return merge(join_heads(x), window_size, q.shape[1], q.shape[2])
+    return merge_heads(x, window_size, q.shape[1], q.shape[2])
 
 
 def _shapes(q, k, v, own_k, own_v, window_size, patch_size, num_heads, scale):

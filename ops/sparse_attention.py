@@ -12,38 +12,58 @@ from ._operator import Operator, wide_dtype
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-def _scores(
+def _scores(q: Tensor, k: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Scores of all pairs, `(B, heads, queries, tokens)`: gathered copies of the keys would be far larger."""
+    dtype = wide_dtype(q)
+    queries, keys = split_heads(q.to(dtype), num_heads) * scale, split_heads(k.to(dtype), num_heads)
+    return queries @ keys.transpose(-2, -1)
+
+
+def _listed_scores(
     q: Tensor, k: Tensor, keys: Tensor, num_heads: int, scale: float
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Scores of the listed keys, `(B, heads, queries, slots)`; which slots are empty; key numbers fit for indexing."""
-    dtype = wide_dtype(q)
-    queries, all_keys = split_heads(q.to(dtype), num_heads) * scale, split_heads(k.to(dtype), num_heads)
+    """Those of the listed keys, `(B, heads, queries, slots)`; which slots are empty; numbers fit for indexing."""
     empty, slots = keys < 0, keys.clamp(min=0).long()
-    # one product for all pairs of tokens, as gathered copies of the keys would be far larger than the scores
-    scores = (queries @ all_keys.transpose(-2, -1)).gather(-1, slots)
-    return scores.masked_fill(empty, -torch.inf), empty, slots
+    return _scores(q, k, num_heads, scale).gather(-1, slots).masked_fill(empty, -torch.inf), empty, slots
 
 
-def _mix(attention: Tensor, empty: Tensor, slots: Tensor, v: Tensor, num_heads: int, like: Tensor) -> Tensor:
-    """The values of the listed keys, weighted; `(B, queries, Cv)`."""
-    values = split_heads(v.to(attention.dtype), num_heads)
-    attention = attention.masked_fill(empty, 0)  # the softmax of nothing is not a number
-    spread = attention.new_zeros(*attention.shape[:3], v.shape[1]).scatter_add(-1, slots, attention)
-    return join_heads(spread @ values).to(like.dtype)
+def _mix(attention: Tensor, v: Tensor, num_heads: int, like: Tensor) -> Tensor:
+    """Values weighted by attention to all tokens, `(B, queries, Cv)`."""
+    return join_heads(attention @ split_heads(v.to(attention.dtype), num_heads)).to(like.dtype)
+
+
+def _spread(attention: Tensor, slots: Tensor, v: Tensor) -> Tensor:
+    """Attention to listed keys as attention to all tokens; a key that is listed twice counts twice."""
+    return attention.new_zeros(*attention.shape[:3], v.shape[1]).scatter_add(-1, slots, attention)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, num_heads: int, scale: float) -> Tensor:
     """The definition in plain PyTorch; differentiable, traceable, and the body that export uses."""
-    scores, empty, slots = _scores(q, k, keys, num_heads, scale)
-    return _mix(scores.softmax(-1), empty, slots, v, num_heads, q)
+    scores, empty, slots = _listed_scores(q, k, keys, num_heads, scale)
+    attention = scores.softmax(-1).masked_fill(empty, 0)  # the softmax of nothing is not a number
+    return _mix(_spread(attention, slots, v), v, num_heads, q)
+
+
+def reference_of_sets(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, num_heads: int, scale: float) -> Tensor:
+    """The same of full lists that name no key twice: nothing to mask, nor to add up, which not every runtime can."""
+    attention = _scores(q, k, num_heads, scale).gather(-1, keys.long()).softmax(-1)
+    spread = attention.new_zeros(*attention.shape[:3], v.shape[1]).scatter(-1, keys.long(), attention)
+    return _mix(spread, v, num_heads, q)
+
+
+def reference_of_masks(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, num_heads: int, scale: float) -> Tensor:
+    """The same of lists with a slot for every token, where it is the token's number or empty."""
+    empty = keys < 0
+    attention = _scores(q, k, num_heads, scale).masked_fill(empty, -torch.inf).softmax(-1)
+    return _mix(attention.masked_fill(empty, 0), v, num_heads, q)
 
 
 def _forward(q, k, v, keys, num_heads, scale):
     """The same with the log-sum-exp of every query's scores, `(B, queries, heads)`."""
-    scores, empty, slots = _scores(q, k, keys, num_heads, scale)
+    scores, empty, slots = _listed_scores(q, k, keys, num_heads, scale)
     lse = scores.logsumexp(-1, keepdim=True)
-    out = _mix((scores - lse).exp(), empty, slots, v, num_heads, q)
-    return out, lse.squeeze(-1).transpose(1, 2)
+    attention = (scores - lse).exp().masked_fill(empty, 0)
+    return _mix(_spread(attention, slots, v), v, num_heads, q), lse.squeeze(-1).transpose(1, 2)
 
 
 def _fake(q, k, v, keys, num_heads, scale):

@@ -9,16 +9,18 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 
-from ._attention import AttentionOperator, Operands, join_heads, split_heads
+from ._attention import AttentionOperator, Operands
 from ._checks import check_grids, check_heads, check_parameter, check_region_size
 from ._operator import wide_dtype
-from .regions import ceil_div, concrete, crop_grid, merge, pad_grid, partition
+from .regions import ceil_div, concrete, crop_grid, merge_heads, pad_grid, partition, partition_heads
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-def _windows(x: Tensor, window_size: List[int], shift: List[int], fill: Optional[Tensor]) -> Tensor:
-    """`(B, H, W, C)` to `(B, windows, tokens, C)`; what windows reach past the grid is filled.
+def _windows(
+    x: Tensor, window_size: List[int], shift: List[int], fill: Optional[Tensor], num_heads: int
+) -> Tensor:
+    """`(B, H, W, C)` to `(B, heads, windows, tokens, d)`; what windows reach past the grid is filled.
 
     Shifted windows are cut on the grid rolled by the shift. The last row and column of them then hold two pieces each,
     from both borders of the grid.
@@ -28,17 +30,17 @@ def _windows(x: Tensor, window_size: List[int], shift: List[int], fill: Optional
     x = pad_grid(x, height, width, fill)
     if shift[0] != 0 or shift[1] != 0:
         x = x.roll((-shift[0], -shift[1]), (1, 2))
-    return partition(x, window_size)
+    return partition_heads(x, window_size, num_heads)
 
 
 def _pieces(q: Tensor, window_size: List[int], shift: List[int]) -> Tensor:
-    """Which tokens of a shifted window lie in one piece, `(windows, 1, tokens, tokens)`."""
+    """Which tokens of a shifted window lie in one piece, `(windows, tokens, tokens)`."""
     rows = torch.zeros(ceil_div(q.shape[1], window_size[0]) * window_size[0], device=q.device)
     cols = torch.zeros(ceil_div(q.shape[2], window_size[1]) * window_size[1], device=q.device)
     rows[rows.shape[0] - shift[0] :] = 1
     cols[cols.shape[0] - shift[1] :] = 2
     piece = partition((rows[:, None] + cols)[None, :, :, None], window_size)[0]
-    return (piece == piece.transpose(1, 2)).unsqueeze(1)
+    return piece == piece.transpose(1, 2)
 
 
 def _address(q, k, v, bias, pad_key, pad_value, window_size, shift, num_heads, scale) -> Operands:
@@ -47,10 +49,10 @@ def _address(q, k, v, bias, pad_key, pad_value, window_size, shift, num_heads, s
     if shift[0] != 0 or shift[1] != 0:
         visible = _pieces(q, window_size, shift)
     return Operands(
-        split_heads(_windows(q, window_size, shift, None), num_heads) * scale,
-        split_heads(_windows(k, window_size, shift, pad_key), num_heads),
-        split_heads(_windows(v, window_size, shift, pad_value), num_heads),
-        bias=bias,
+        _windows(q, window_size, shift, None, num_heads) * scale,
+        _windows(k, window_size, shift, pad_key, num_heads),
+        _windows(v, window_size, shift, pad_value, num_heads),
+        bias=None if bias is None else bias.unsqueeze(1),
         visible=visible,
     )
 
@@ -58,7 +60,7 @@ def _address(q, k, v, bias, pad_key, pad_value, window_size, shift, num_heads, s
 def _collect(x, q, k, v, bias, pad_key, pad_value, window_size, shift, *_) -> Tensor:
     height = ceil_div(q.shape[1], window_size[0]) * window_size[0]
     width = ceil_div(q.shape[2], window_size[1]) * window_size[1]
-    x = merge(join_heads(x), window_size, height, width)
+    x = merge_heads(x, window_size, height, width)
     if shift[0] != 0 or shift[1] != 0:
         x = x.roll((shift[0], shift[1]), (1, 2))
     return crop_grid(x, q.shape[1], q.shape[2])

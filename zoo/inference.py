@@ -193,9 +193,10 @@ class FoldedPredictor(sparsifiner.ConnectivityPredictor):
     def compress(self, k: Tensor, tokens: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Optional[Tensor]]:
         if self.projects_tokens:
             return super().compress(k, tokens)
-        down = self.token_down.expand(k.shape[0], -1, -1) if tokens is None else self.token_down[tokens]
-        keys = (down.transpose(1, 2) @ k).unflatten(2, [self.num_heads, self.k_down.in_features])
-        keys = torch.addcmul(keys @ self.matrix, down.sum(1)[:, :, None, None], self.constant)
+        down = self.token_down if tokens is None else self.token_down[tokens]
+        shift = down.sum(-2)[..., None, None] * self.constant
+        keys = down.expand(k.shape[0], -1, -1).transpose(1, 2) @ k
+        keys = keys.unflatten(2, [self.num_heads, self.k_down.in_features]) @ self.matrix + shift
         return keys[..., :-1].flatten(2), keys[..., -1], None
 
 
