@@ -73,13 +73,10 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def precision_of(model: onnx.ModelProto) -> str:
-    """'float16' or 'bfloat16' where a weight has that type or a node casts to it, else 'float32'."""
+    """'float16' or 'bfloat16' where a weight has that type, else 'float32'."""
     from onnx import TensorProto
 
     types = {tensor.data_type for tensor in model.graph.initializer}
-    types |= {
-        a.i for node in model.graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to"
-    }
     for number, name in ((TensorProto.BFLOAT16, "bfloat16"), (TensorProto.FLOAT16, "float16")):
         if number in types:
             return name

@@ -52,6 +52,7 @@ MOVES = frozenset((
     "ReverseSequence", "Dropout", "Trilu",
 ))  # fmt: skip
 """Operators whose results are numbers of their inputs."""
+_OF_SIZES = frozenset(("Floor", "Ceil", "Round", "ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin"))
 _SIZES = frozenset(("Shape", "Size"))
 
 
@@ -305,11 +306,7 @@ class _Plan:
                 if born:
                     found.add(i)
                     exact.update(results)
-            elif (
-                inputs
-                and inputs <= exact
-                and node.op_type in _ELEMENTWISE | MOVES | {"Floor", "Ceil", "Round"}
-            ):
+            elif inputs and inputs <= exact and node.op_type in _ELEMENTWISE | MOVES | _OF_SIZES:
                 found.add(i)
                 exact.update(results)
             elif inputs & exact and node.op_type in _ELEMENTWISE:
