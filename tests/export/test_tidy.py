@@ -65,7 +65,7 @@ ONE, TWO, LAST = np.array([1]), np.array([2]), np.array([-1])
         ),
         (
             [node("Reshape", ["x", "s"], ["a"]), node("Neg", ["a"], ["y"])],
-            {"s": np.array([-1, 3, 4])},
+            {"s": np.array([0, 3, 4])},
             ["Neg"],
         ),
     ],
