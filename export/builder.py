@@ -37,7 +37,9 @@ def main() -> int:
     except Failed as failure:
         answer = {"failed": failure.answer}
     except OSError as error:
-        answer = {"failed": {"kind": "os", "errno": error.errno, "text": error.strerror, "file": error.filename}}
+        answer = {
+            "failed": {"kind": "os", "errno": error.errno, "text": error.strerror, "file": error.filename}
+        }
     except MemoryError:
         answer = {"failed": {"kind": "memory"}}
     print(json.dumps(answer), file=out, flush=True)
@@ -58,7 +60,8 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
     """
     trt = _library(request["library"])
     members = trt.ComputeCapability.__members__ if request["library"] == "tensorrt_rtx" else {}
-    return {"version": trt.__version__, "archs": sorted(name for name in members if re.match(r"SM\d", name))}
+    archs = [name for name in members if re.fullmatch(r"SM\d+", name)]
+    return {"version": trt.__version__, "archs": sorted(archs, key=lambda name: int(name[2:]))}
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:

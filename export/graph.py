@@ -119,7 +119,7 @@ def clean(model: onnx.ModelProto, symbols: Mapping[str, str], prefix: str = "mod
 
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's exporter notes the modules that a node comes from, outermost first; the last entry is the node's own."""
+"""Where torch's exporter notes the modules that a node comes from, outermost first, and last its own name."""
 
 
 def _name_nodes(graph: onnx.GraphProto, prefix: str) -> None:
@@ -141,7 +141,8 @@ def _name_nodes(graph: onnx.GraphProto, prefix: str) -> None:
 
 def module_of(node: str) -> str:
     """The module path in a node's name, as `clean` gives it: `stages.0.attn` of `stages.0.attn/MatMul_1`, else ""."""
-    return node.rpartition("/")[0].strip("/")
+    found = re.fullmatch(r"/?([\w.]+)/\w+", node)
+    return found[1] if found else ""
 
 
 def _readable(expression: str, symbols: Mapping[str, str]) -> str:

@@ -42,7 +42,9 @@ def test_replaced_files_keep_their_permissions(tmp_path):
     assert content(tmp_path) == NEW
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()]
+)
 def test_a_failure_while_they_are_written_changes_nothing(folder, error):
     before = content(folder)
     with pytest.raises(type(error)), together([folder / name for name in NEW]) as scratch:
