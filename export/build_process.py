@@ -166,7 +166,7 @@ def _refusal(name: str, nodes: Sequence[Mapping[str, Any]]) -> str:
 
 def _plain(error: str) -> str:
     """A message of the log without what speaks of TensorRT's own sources."""
-    text = re.sub(r"\s*In \w+ at /_src/\S+", "", error)
+    text = re.sub(r"\.?\s*In \w+ at [^\s)]+", "", error)
     text = re.sub(r"\[\w+\.cpp:\d+: \w+\] ", "", text)
     return re.sub(r"^\w+::\w+: Error Code \d+: ", "", text).strip(" .")
 

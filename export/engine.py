@@ -107,7 +107,9 @@ class Engine:
         allowed = bool(self.report.get("plugins")) if host_code is None else host_code
         self._runtime.engine_host_code_allowed = allowed
         self._engine = self._runtime.deserialize_cuda_engine(data)
-        self._context = self._engine.create_execution_context() if self._engine is not None else None
+        self._context: Any = None
+        if self._engine is not None:
+            self._context = self._engine.create_execution_context()
         if self._context is None:
             raise ExportError(
                 f"{self.library} {trt.__version__} can't load {self.path} on {_gpu_name(self.device)}: an engine "

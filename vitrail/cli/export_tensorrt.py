@@ -29,7 +29,13 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def _source(text: str) -> str:
-    return existing_file(text) if Path(text).suffix.lower() == ".onnx" else model_name(text)
+    if Path(text).suffix.lower() == ".onnx":
+        return existing_file(text)
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither a model nor an ONNX file, whose name ends in .onnx"
+        )
+    return model_name(text)
 
 
 def _batch(text: str) -> Any:
@@ -125,7 +131,7 @@ def add(formats: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="that build (default: all)")
     group = parser.add_argument_group("a model only")
-    add_image_size(group)  # type: ignore[arg-type]
+    add_image_size(group)
     group.add_argument("--num-classes", type=at_least(0), metavar="N", help="classes, 0 for pooled features")
     group.add_argument("--checkpoint", type=existing_file, metavar="FILE", help="weights (default: random)")
     group.add_argument("--features", action="store_true", help="the feature pyramid instead of class scores")
