@@ -38,7 +38,9 @@ def _mix(
     attention = attention.masked_fill(empty, 0)  # the softmax of nothing is not a number
     shape, count = attention.shape[:3], v.shape[1]
     if distinct:  # empty slots go to a column of their own, so that nothing has to be added up
-        spread = attention.new_zeros(*shape, count + 1).scatter(-1, slots.masked_fill(empty, count), attention)
+        spread = attention.new_zeros(*shape, count + 1).scatter(
+            -1, slots.masked_fill(empty, count), attention
+        )
         spread = spread[..., :count]
     else:
         spread = attention.new_zeros(*shape, count).scatter_add(-1, slots, attention)

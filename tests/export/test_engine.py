@@ -85,7 +85,10 @@ def test_inputs_outside_the_profile_are_refused(exported, plan, monkeypatch):
 @pytest.mark.parametrize(
     ("flaw", "message"),
     [
-        ({"refuses": True}, r"can't load .*m\.engine on stand-in: an engine runs in the version that built it"),
+        (
+            {"refuses": True},
+            r"can't load .*m\.engine on stand-in: an engine runs in the version that built it",
+        ),
         ({"kind": gpu_stand_in.DataType.FP8}, "a tensor input of FP8, which torch has no type for"),
     ],
 )
@@ -101,7 +104,10 @@ def test_the_report_beside_an_engine_names_what_built_it(exported, plan, monkeyp
         engine = Engine(plan)
         assert engine.library == "tensorrt_rtx"
         assert engine._runtime.engine_host_code_allowed
-    with gpu(monkeypatch, exported[1], refuses=True), pytest.raises(ExportError, match=r"built for \(sm_89\)"):
+    with (
+        gpu(monkeypatch, exported[1], refuses=True),
+        pytest.raises(ExportError, match=r"built for \(sm_89\)"),
+    ):
         Engine(plan)
 
 
