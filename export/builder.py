@@ -175,6 +175,7 @@ def _refused(error: Any) -> dict[str, Any]:
         "operator": error.node_operator(),
         "code": str(error.code()).rpartition(".")[2],
         "text": error.desc(),
+        "by": error.func(),
         "functions": [str(name) for name in error.local_function_stack()],
     }
 

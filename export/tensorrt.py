@@ -37,7 +37,7 @@ from .engine_shapes import (
     triple,
 )
 from .files import check_target
-from .graph import precision_of, summarize
+from .graph import precision_of, summarize, walk
 from .images import Preprocessing
 from .onnx import to_onnx
 from .precision import check_dtype, convert_precision
@@ -152,6 +152,7 @@ def to_tensorrt(
         with together([target, target.with_name(f"{target.name}.json")]) as (engine, beside):
             say(f"building the engine with {builder.name}")
             answer = builder.build(
+                _names_by_type(proto),
                 onnx=os.fspath(onnx_file),
                 engine=os.fspath(engine),
                 profile={info.name: profile} if profile[0] != profile[-1] else {},
@@ -213,6 +214,13 @@ def _converted(proto: onnx.ModelProto, dtype: str | None, say: Callable[[str], N
         )
     say(f"converting to {dtype}")
     return convert_precision(proto, dtype)
+
+
+def _names_by_type(proto: onnx.ModelProto) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for node in walk(proto.graph):
+        names.setdefault(node.op_type, []).append(node.name)
+    return names
 
 
 def _cores() -> int:
