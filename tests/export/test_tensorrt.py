@@ -99,12 +99,14 @@ def small(exported, tmp_path):
     return shutil.copy(exported[1], tmp_path / "small.onnx")
 
 
-def one_node(tmp_path, *nodes, shape=("batch", 3, 8, 8), dtype=TensorProto.FLOAT, constants=(), **more):
+def one_node(
+    tmp_path, *nodes, shape=("batch", 3, 8, 8), dtype=TensorProto.FLOAT, constants=(), inputs=(), rank=4
+):
     """A file of these nodes from x to y."""
     x = helper.make_tensor_value_info("x", dtype, shape)
-    y = helper.make_tensor_value_info("y", more.get("gives", TensorProto.FLOAT), more.get("out"))
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * rank)
     tensors = [helper.make_tensor(name, TensorProto.INT64, [len(v)], v) for name, v in constants]
-    graph = helper.make_graph(list(nodes), "g", [x, *more.get("inputs", ())], [y], tensors)
+    graph = helper.make_graph(list(nodes), "g", [x, *inputs], [y], tensors)
     sets = [helper.make_opsetid("", 20), helper.make_opsetid("elsewhere", 1)]
     path = tmp_path / "made.onnx"
     onnx.save(helper.make_model(graph, opset_imports=sets, ir_version=10), path)
@@ -213,7 +215,7 @@ def test_what_is_no_onnx_file_of_one_image_is_refused(tmp_path):
     ):
         to_tensorrt(one_node(tmp_path, relu, inputs=[second]), tmp_path / "m.engine")
     with pytest.raises(ExportError, match=r"got x float \(batch, 3\)"):
-        to_tensorrt(one_node(tmp_path, relu, shape=("batch", 3)), tmp_path / "m.engine")
+        to_tensorrt(one_node(tmp_path, relu, shape=("batch", 3), rank=2), tmp_path / "m.engine")
     with pytest.raises(ExportError, match="open number of channels"):
         to_tensorrt(one_node(tmp_path, relu, shape=("batch", "c", 8, 8)), tmp_path / "m.engine")
 
@@ -249,14 +251,14 @@ def test_nodes_that_the_parser_does_not_name_are_found_by_their_type(tmp_path):
 def test_a_build_that_fails_says_why(tmp_path, small):
     topk = helper.make_node("TopK", ["f", "k"], ["y", "i"], name="router/TopK")
     flat = helper.make_node("Flatten", ["x"], ["f"])
-    file = one_node(tmp_path, flat, topk, shape=("batch", 3, 40, 40), constants=[("k", [4000])])
+    file = one_node(tmp_path, flat, topk, shape=("batch", 3, 40, 40), constants=[("k", [4000])], rank=2)
     with pytest.raises(
         ExportError, match=r"router/TopK: K exceeds the maximum .*3840.*Choose fewer elements"
     ):
         to_tensorrt(file, tmp_path / "m.engine")
     with pytest.raises(ExportError, match=r"Turing \(SM75\): FP32 GEMM is not supported.*Leave sm_75 out"):
         to_tensorrt(small, tmp_path / "m.engine", archs=["sm_75", "sm_89"])
-    with pytest.raises(ExportError, match="workspace limit.*Allow more workspace"):
+    with pytest.raises(ExportError, match=r"workspace limit.*Allow more workspace"):
         to_tensorrt(small, tmp_path / "m.engine", workspace=1)
     assert left(tmp_path) == []
 
@@ -325,7 +327,7 @@ def test_a_library_that_cannot_be_loaded_is_said_to_be_broken(tmp_path, monkeypa
         "raise OSError('libtensorrt_rtx.so.1: cannot open shared object file')"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ExportError, match="installed and can't be loaded .*--force-reinstall tensorrt-rtx"):
+    with pytest.raises(ExportError, match=r"installed and can't be loaded .*--force-reinstall tensorrt-rtx"):
         build_process.Builder("tensorrt_rtx")
 
 
