@@ -10,7 +10,17 @@ from vitrail import profiling
 from vitrail.catalog import create_model, model_names
 from vitrail.cli import models
 
-COMMANDS = ["models", "profile", "convert", "export", "export onnx", "build", "doctor", "demo"]
+COMMANDS = [
+    "models",
+    "profile",
+    "convert",
+    "export",
+    "export onnx",
+    "export tensorrt",
+    "build",
+    "doctor",
+    "demo",
+]
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
