@@ -132,9 +132,14 @@ def to_tensorrt(
         started = time.perf_counter()
         if isinstance(source, nn.Module):
             model = source if model is None else model
-            given = {"dtype": dtype or "float32", "images": images, "preprocessing": preprocessing}
-            given |= {"verify": verify, "seed": seed}
-            options = {**given, **(export or {})}
+            options = {
+                "dtype": dtype or "float32",
+                "images": images,
+                "preprocessing": preprocessing,
+                "verify": verify,
+                "seed": seed,
+                **(export or {}),
+            }
             proto = _exported(source, Path(folder), span, spread is not None, options, say)
         elif export:
             raise ValueError(

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tensorrt_rtx
@@ -163,3 +164,16 @@ def test_the_library_is_chosen_by_what_is_there(monkeypatch):
         choose_library()
     with pytest.raises(ValueError, match="library must be one of tensorrt, tensorrt_rtx, got 'onnx'"):
         choose_library("onnx")
+
+
+def test_the_serving_snippet_of_the_documentation_runs(exported, tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[2] / "docs" / "EXPORT.md"
+    snippets = re.findall(r"```python\n(.+?)```", page.read_text(), re.DOTALL)
+    snippet = next(code for code in snippets if "Engine(" in code)
+    (tmp_path / "model.engine").write_bytes(b"an engine")
+    monkeypatch.chdir(tmp_path)
+    names = {"images": torch.zeros(2, 3, 32, 32)}
+    with gpu(monkeypatch, exported[1]):
+        exec(snippet, names)
+    assert names["scores"].shape == (2, 10)
+    assert "median_ms=2.0" in capsys.readouterr().out

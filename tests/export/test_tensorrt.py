@@ -409,14 +409,18 @@ def test_an_engine_that_fails_on_the_gpu_is_not_written(exported, tmp_path, monk
     [
         ("biformer_small", 30, 30),
         ("davit_fused_tiny", 12, 10),
+        ("stripmlp_tiny_light", 0, 0),
+        ("sparsifiner_small", 12, 0),
+        ("stvit_deit_small", 12, 12),
+        ("stvit_swin_small", 24, 9),
     ],
 )
-def test_engines_of_full_size_models_fuse_their_attentions(name, attentions, fused, files, tmp_path):
-    file, _ = files(name)
+def test_engines_of_full_size_models_build_in_half_precision(name, attentions, fused, files, tmp_path):
+    file, modules = files(name)
     for dtype in ("float16", "bfloat16"):
         report = to_tensorrt(file, tmp_path / "m.engine", dtype=dtype)
         assert (report.attentions, len(report.fused_attentions)) == (attentions, fused)
-        assert (
-            share_of_weights((tmp_path / "m.engine").read_bytes(), file, "float16") > 0.9
-            or dtype == "bfloat16"
-        )
+        assert {path for kernel in report.fused_attentions for path in kernel.modules} <= modules
+        assert report.activation_bytes < 400e6
+        if dtype == "float16":
+            assert share_of_weights((tmp_path / "m.engine").read_bytes(), file, dtype) > 0.9
