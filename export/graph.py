@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+_INTEGERS = (6, 7)  # onnx.TensorProto.INT32, INT64
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,6 @@ def walk(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 def summarize(model: onnx.ModelProto) -> GraphSummary:
     """Count what is in `model`."""
-    import math
-
     counts = Counter(node.op_type for node in walk(model.graph))
     return GraphSummary(
         opset=opset_of(model),
@@ -203,12 +203,14 @@ def advice(model: onnx.ModelProto) -> list[str]:
     """What makes the graph slower or larger than it need be, a sentence each; empty when all is well.
 
     Looked for: gathers by expanded index, TopK for one element, LayerNormalization or Gelu spelled out,
-    transposes that cancel out, nodes that do nothing, and nodes of constants alone.
+    transposes that cancel out, reshapes, casts or a slice and a squeeze in a row, nodes that do nothing, and nodes of
+    constants alone.
     """
     graph = model.graph
     producer = {name: node for node in walk(graph) for name in node.output}
     constants = {t.name: t for t in graph.initializer}
     found: Counter[str] = Counter()
+    readers = Counter(name for node in walk(graph) for name in node.input)
     for node in walk(graph):
         above = producer.get(node.input[0]) if node.input else None
         if node.op_type == "GatherElements" and _is(producer.get(node.input[1]), "Expand"):
@@ -223,6 +225,14 @@ def advice(model: onnx.ModelProto) -> list[str]:
             found["a normalisation is spelled out (ReduceMean, Sqrt); LayerNormalization is one kernel"] += 1
         elif node.op_type == "Transpose" and _is(above, "Transpose") and _cancel(above, node):
             found["two Transposes in a row cancel out"] += 1
+        elif node.op_type == "Reshape" and _is(above, "Reshape") and readers[node.input[0]] == 1:
+            found["two Reshapes in a row are one"] += 1
+        elif node.op_type == "Squeeze" and _is(above, "Slice") and readers[node.input[0]] == 1:
+            found["Slice and Squeeze of one row are one Gather, or one Split for all rows"] += 1
+        elif node.op_type == "Cast" and _is(above, "Cast"):
+            found["two Casts in a row are one, or lose digits"] += 1
+        elif node.op_type == "Mul" and any(_single(constants.get(name), floats=True) for name in node.input):
+            found["Mul multiplies by one"] += 1
         elif node.op_type in ("Identity", "Dropout"):
             found[f"{node.op_type} does nothing"] += 1
         elif (
@@ -242,8 +252,9 @@ def _skip_add(node: Any, producer: Mapping[str, Any]) -> Any:
     return producer.get(node.input[0]) if _is(node, "Add") else node
 
 
-def _single(tensor: Any) -> bool:
-    if tensor is None:
+def _single(tensor: Any, floats: bool = False) -> bool:
+    """Whether a tensor is one number, 1; of whole numbers unless `floats`."""
+    if tensor is None or math.prod(tensor.dims) != 1 or floats == (tensor.data_type in _INTEGERS):
         return False
     from onnx import numpy_helper
 

@@ -294,19 +294,20 @@ class _Plan:
     def _from_whole_numbers(self) -> set[int]:
         """Nodes that compute with what was cast from integers: sizes, positions, pixels."""
         exact: set[str] = set()
+        small: set[str] = set()  # those of `exact` that every float type holds
         found: set[int] = set()
         for i, node in enumerate(self.nodes):
             results, inputs = self.floats(node.output), set(self.varying(node))
             if not results:
                 continue
             if node.op_type in ("Cast", "Range") and not inputs:
-                born = (
-                    node.op_type == "Range" or self.types.get(node.input[0]) != 9
-                )  # truth values are 0 and 1
-                if born:
+                holds = node.op_type == "Cast" and self.types.get(node.input[0]) in _SMALL
+                (small if holds else exact).update(results)
+                if not holds:
                     found.add(i)
-                    exact.update(results)
-            elif inputs and inputs <= exact and node.op_type in _ELEMENTWISE | MOVES | _OF_SIZES:
+            elif inputs and inputs <= small and node.op_type in MOVES:
+                small.update(results)
+            elif inputs and inputs <= exact | small and node.op_type in _ELEMENTWISE | MOVES | _OF_SIZES:
                 found.add(i)
                 exact.update(results)
             elif inputs & exact and node.op_type in _ELEMENTWISE:

@@ -12,9 +12,10 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from onnx import helper, numpy_helper
 from torch import nn
 
-from vitrail.export import to_onnx, verify_onnx
+from vitrail.export import VerificationError, external, to_onnx, verify_onnx
 
 
 @pytest.fixture
@@ -95,30 +96,51 @@ def test_the_same_model_gives_the_same_pair(low_limit, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("step", ["write_pair", "check_file", "verify_onnx", "publish", "replace"])
+def pair_of(value):
+    """A model of one weight that is written as a pair."""
+    weight = numpy_helper.from_array(np.full(1000, value, np.float32), "w")
+    result = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1000])
+    return helper.make_model(
+        helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "g", [], [result], [weight])
+    )
+
+
+def publish(target, value):
+    with external.scratch_pair(pair_of(value), target) as pair:
+        external.publish(pair, target)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("call", [0, 1])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_at_any_step_leaves_the_old_pair_and_nothing_else(tmp_path, monkeypatch, step, error):
-    monkeypatch.setattr("vitrail.export.external.ONE_FILE", 2000)
-    export(tmp_path, verify=False)
+def test_a_failure_at_any_step_leaves_the_old_pair_and_nothing_else(tmp_path, monkeypatch, step, call, error):
+    publish(tmp_path / "m.onnx", 1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    real, calls = getattr(os, step), []
 
-    def fail(*_, **__):
-        raise error
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > call:
+            raise error
+        return real(*args)
 
-    target = {"write_pair": "vitrail.export.external.write_pair", "replace": "os.replace"}
-    monkeypatch.setattr(target.get(step, f"vitrail.export.onnx.{step}"), fail)
+    monkeypatch.setattr(os, step, fail)
     with pytest.raises(type(error)):
-        export(tmp_path, seed=1)
+        publish(tmp_path / "m.onnx", 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_pair_that_fails_its_verification_leaves_the_old_one(low_limit, tmp_path):
+    publish(tmp_path / "m.onnx", 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(VerificationError):
+        export(tmp_path, rtol=0, atol=0)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 KILLED = """
-import os, signal, sys
+import os, runpy, signal, sys
 from pathlib import Path
-import onnx
-from onnx import helper, numpy_helper
-import numpy as np
-from vitrail.export import external
 
 real = os.replace
 def replace(source, target):
@@ -126,22 +148,19 @@ def replace(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     real(source, target)
 os.replace = replace
-target = Path(sys.argv[1])
-graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "g", [],
-    [helper.make_tensor_value_info("y", 1, [1000])], [numpy_helper.from_array(np.full(1000, 7, np.float32), "w")])
-with external.scratch_pair(helper.make_model(graph), target) as pair:
-    external.publish(pair, target)
+runpy.run_path(sys.argv[1])["publish"](Path(sys.argv[2]), 2)
 """
 
 
-def test_a_process_killed_between_the_two_files_leaves_the_old_pair_working(low_limit, tmp_path):
-    export(tmp_path, verify=False)
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "m.onnx"], check=False, env=os.environ)
+def test_a_process_killed_between_the_two_files_leaves_the_old_pair_working(tmp_path):
+    publish(tmp_path / "m.onnx", 1)
+    done = subprocess.run([sys.executable, "-c", KILLED, __file__, tmp_path / "m.onnx"], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert verify_onnx(tmp_path / "m.onnx", model()).passed
-    assert len([name for name in names(tmp_path) if name.endswith(".onnx.data")]) == 2
-    export(tmp_path, verify=False)  # the next one sweeps up
-    assert len([name for name in names(tmp_path) if name.endswith(".onnx.data")]) == 1
+    assert len(list(tmp_path.glob("m.*.onnx.data"))) == 2
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert set(session.run(None, {})[0].tolist()) == {1}
+    publish(tmp_path / "m.onnx", 3)  # the next one sweeps up
+    assert len(list(tmp_path.glob("m.*.onnx.data"))) == 1
 
 
 @pytest.mark.slow
