@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -47,6 +48,19 @@ def together(targets: Sequence[Path]) -> Iterator[list[Path]]:
                 path.unlink(missing_ok=True)
         raise
     finish(targets[0])
+
+
+@contextlib.contextmanager
+def needing_room(remedy: str) -> Iterator[None]:
+    """Add to an error that speaks of a full disk what can be done about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno, f"{error.strerror}: make room there, or {remedy}", error.filename
+        ) from error
 
 
 def finish(target: Path) -> None:

@@ -69,7 +69,7 @@ def choose_library(wanted: str | None = None, built_by: str | None = None) -> st
 
 
 class Engine:
-    """An engine on the GPU, ready to run.
+    """An engine on the GPU, ready to run, in one thread at a time.
 
     Attributes:
         path: the file.
@@ -95,7 +95,7 @@ class Engine:
     def __init__(
         self, path: str | os.PathLike[str], *, library: str | None = None, host_code: bool | None = None
     ):
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))
         finish(self.path)
         data = self.path.read_bytes()
         self.report = _report_beside(self.path)

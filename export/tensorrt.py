@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .build_process import Builder, arch_text
-from .commit import together
+from .commit import needing_room, together
 from .engine import NOT_RUN, Engine, choose_library, verify_engine
 from .engine_report import EngineReport, kernels_of_inspector, kernels_of_log, memory_of_log
 from .engine_shapes import (
@@ -152,9 +152,11 @@ def to_tensorrt(
         proto = _converted(proto, dtype, say)
         fix_shape(proto, info, profile)
         notes = traps(proto, open_batch=profile[0][0] != profile[-1][0])
-        onnx_file = save(proto, Path(folder) / "prepared.onnx")
+        with needing_room("name another folder for temporary files by TMPDIR"):
+            onnx_file = save(proto, Path(folder) / "prepared.onnx")
         prepared = time.perf_counter() - started
-        with together([target, target.with_name(f"{target.name}.json")]) as (engine, beside):
+        files = [target, target.with_name(f"{target.name}.json")]
+        with needing_room("write elsewhere"), together(files) as (engine, beside):
             say(f"building the engine with {builder.name}")
             answer = builder.build(
                 _names_by_type(proto),

@@ -313,13 +313,25 @@ def test_a_full_disk_leaves_the_old_engine_and_its_report(small, tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="File too large: make room there, or write elsewhere"):
             to_tensorrt(small, target, archs=["sm_89"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert (target.read_bytes(), (tmp_path / "m.engine.json").read_bytes()) == before
     assert left(tmp_path) == ["m.engine", "m.engine.json"]
+
+
+def test_no_room_for_temporary_files_is_said_to_be_that(small, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "/tmp/prepared.onnx")
+
+    monkeypatch.setattr("vitrail.export.tensorrt.save", full)
+    with pytest.raises(
+        OSError, match="make room there, or name another folder for temporary files by TMPDIR"
+    ):
+        to_tensorrt(small, tmp_path / "m.engine")
+    assert left(tmp_path) == []
 
 
 def test_a_library_that_cannot_be_loaded_is_said_to_be_broken(tmp_path, monkeypatch):
