@@ -2,14 +2,18 @@
 
 `to_onnx(model, "model.onnx")` writes and verifies, `verify_onnx` verifies a file that is there,
 `convert_precision` takes a float32 graph to float16 or bfloat16.
-The packages behind them (onnx, onnxscript, onnxruntime, Pillow, rich) are imported when they are needed.
+`to_tensorrt(model, "model.engine")` builds an engine and reports what is in it, `Engine` runs one.
+The packages behind them (onnx, onnxscript, onnxruntime, tensorrt, Pillow, rich) are imported when they are needed.
 """
 
 from .capture import FORMS
+from .engine import Engine, NoGPUError
+from .engine_report import EngineReport, Kernel, Timing
 from .errors import ExportError, VerificationError
 from .images import Preprocessing
 from .onnx import DEFAULT_OPSETS, OPSETS, ExportReport, to_onnx
 from .precision import DTYPES, convert_precision
+from .tensorrt import to_tensorrt
 from .verify import TOLERANCES, Check, VerificationReport, verify_onnx
 
 __all__ = [
@@ -19,12 +23,18 @@ __all__ = [
     "OPSETS",
     "TOLERANCES",
     "Check",
+    "Engine",
+    "EngineReport",
     "ExportError",
     "ExportReport",
+    "Kernel",
+    "NoGPUError",
     "Preprocessing",
+    "Timing",
     "VerificationError",
     "VerificationReport",
     "convert_precision",
     "to_onnx",
+    "to_tensorrt",
     "verify_onnx",
 ]
