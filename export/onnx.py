@@ -28,6 +28,7 @@ from .capture import (
 )
 from .errors import ExportError
 from .files import check_target, write_atomically
+from .functions import Nodes
 from .graph import GraphSummary, TensorInfo, advice, check, clean, summarize
 from .images import Preprocessing, find_images, load_image, pretrained_cfg
 from .optimise import optimise
@@ -39,6 +40,9 @@ onnx and ONNX Runtime know. Gelu is one node from 20 on, attention from 23 on; L
 
 _ONE_FILE = 2**31 - 2**24
 """Bytes of weights that fit in one file: protobuf ends at 2 GiB, less some room for the graph."""
+
+OPERATORS = ("standard", "fused")
+"""How the operators of `vitrail.ops` are written."""
 
 TRACED_BATCH = 2  # 0 and 1 are special to torch.export
 _LARGE = 256
@@ -107,6 +111,7 @@ def to_onnx(
     seed: int = 0,
     metadata: Mapping[str, object] | None = None,
     rewrite: Callable[[nn.Module], nn.Module] | None = None,
+    operators: str = "standard",
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Write `model` as an ONNX file of standard operators, verified against the model before it appears.
@@ -132,6 +137,10 @@ def to_onnx(
         metadata: further entries for the file's metadata; they win over the standard ones.
         rewrite: from the model to another module that computes the same, which is traced in its place, such as
             `vitrail.zoo.inference.standard_form`. What the file is verified against is the model itself.
+        operators: `standard`: those of `vitrail.ops` are written as their definitions, in standard operators alone.
+            `fused`: each is one node of domain `vitrail`, with its definition as a function in the file, so that
+            runtimes that know no more compute the same, and TensorRT takes this project's kernels where they are
+            registered as plugins; see docs/EXPORT.md.
         progress: called with a line of text before each step.
 
     Raises:
@@ -144,6 +153,8 @@ def to_onnx(
     say = progress or (lambda text: None)
     axes = _check_axes(dynamic)
     _check_opset(opset)
+    if operators not in OPERATORS:
+        raise ValueError(f"operators must be one of {', '.join(OPERATORS)}, got {operators!r}")
     target = check_target(path, ".onnx")
     size = default_size(model, img_size)
     prepare = Preprocessing.of(model, preprocessing)
@@ -175,7 +186,8 @@ def to_onnx(
         clock = _Clock()
         with quiet():
             say("tracing the model")
-            program, sizes = capture(module, example, axes, opset)
+            nodes = Nodes() if operators == "fused" else None
+            program, sizes = capture(module, example, axes, opset, nodes)
             clock.lap("trace")
             say("translating to ONNX")
             onnx_program = translate(program, opset)
@@ -186,6 +198,10 @@ def to_onnx(
     say("checking the graph")
     proto = onnx_program.model_proto
     clean(proto, _symbols(input_value(program), axes, sizes))
+    if nodes:
+        say("writing the operators' functions")
+        nodes.attach(proto, opset)
+        clock.lap("functions")
     entries = _metadata(model, size, channels, axes, sizes, opset, prepare)
     entries.update({key: _text(value) for key, value in (metadata or {}).items()})
     del proto.metadata_props[:]
