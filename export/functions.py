@@ -58,8 +58,8 @@ class Dim:
     """A size of a tensor: a number, or which open size it is.
 
     `kind` is `number` (`value`), `first` (that of the first tensor at `axis`), `regions` (how many of the size
-    `setting` cover the first tensor's grid), `own` (open, and like no other) or `pieces` (of a setting: `value` of it
-    cover the first tensor's grid along `axis`).
+    `setting` cover the first tensor's grid), `own` (open, and like no other); of a setting `pieces` (`value` of it cover
+    the first tensor's grid along `axis`) or `most` (`value`, or the number of regions where that is smaller).
     """
 
     kind: str
@@ -111,11 +111,11 @@ class Variant:
 
 
 def _attribute(value: Any) -> Any:
-    """Numbers as they are; of a size that follows from the grid the negative number of pieces."""
+    """Numbers as they are; one that follows from the grid as the negative number of pieces, or the negative limit."""
     if isinstance(value, tuple):
         return [_attribute(item) for item in value]
     if isinstance(value, Dim):
-        return -value.value if value.kind == "pieces" else value.value
+        return value.value if value.kind == "number" else -value.value
     return value
 
 
@@ -138,7 +138,11 @@ class Nodes:
             plain: Tensor = definition(*args)
             return plain
         tensors = [x for x in args if isinstance(x, Tensor)]
-        variant = self._variant(name, definition, args, result.dtype)
+        try:
+            variant = self._variant(name, definition, args, result.dtype)
+        except _Unsayable:
+            stated: Tensor = definition(*args)
+            return stated
         node: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{variant.name}",
             tensors,
@@ -161,7 +165,7 @@ class Nodes:
             name,
             tuple(None if x is None else _shape_of(x, first, given) for x in args[:count]),
             tuple(None if x is None else x.dtype for x in args[:count]),
-            tuple(_setting_of(name, key, x, first) for key, x in zip(names[count:], args[count:], strict=True)),
+            tuple(_setting_of(x, first, given) for x in args[count:]),
         )
         if signature not in self.variants:
             number = 1 + sum(known.operator == name for known in self.variants)
@@ -217,30 +221,33 @@ def _dim_of(size: Any, axis: int, is_first: bool, first: Tensor, given: dict[str
 _MOST_PIECES = 64
 
 
-def _setting_of(operator: str, name: str, value: Any, first: Tensor) -> Any:
+class _Unsayable(Exception):
+    """A setting follows from an open size in a way that no attribute says."""
+
+
+def _setting_of(value: Any, first: Tensor, given: dict[str, Any]) -> Any:
+    from ..ops.regions import ceil_div, region_count
+
     if isinstance(value, (list, tuple)):
-        return tuple(_size_of(operator, name, size, first, axis) for axis, size in enumerate(value, 1))
+        return tuple(
+            Dim("number", int(size))
+            if not isinstance(size, torch.SymInt)
+            else _guess("pieces", size, lambda n, axis=axis: ceil_div(first.shape[axis], n), axis)
+            for axis, size in enumerate(value, 1)
+        )
+    if isinstance(value, torch.SymInt) and "region_size" in given:
+        return _guess("most", value, lambda n: torch.sym_min(n, region_count(first, given["region_size"])))
     if isinstance(value, torch.SymInt):
-        raise ExportError(_open_setting(operator, name))
+        raise _Unsayable
     return value
 
 
-def _size_of(operator: str, name: str, size: Any, first: Tensor, axis: int) -> Dim:
-    from ..ops.regions import ceil_div
-
-    if not isinstance(size, torch.SymInt):
-        return Dim("number", int(size))
-    for pieces in range(1, _MOST_PIECES + 1):
-        if _same(size, ceil_div(first.shape[axis], pieces)):
-            return Dim("pieces", pieces, axis)
-    raise ExportError(_open_setting(operator, name))
-
-
-def _open_setting(operator: str, name: str) -> str:
-    return (
-        f"{name} of {operator} follows from the image's size in a way that an attribute of a node can't say; leave "
-        f"height and width out of dynamic, or export with operators='standard'"
-    )
+def _guess(kind: str, size: torch.SymInt, formula: Callable[[int], Any], axis: int = 0) -> Dim:
+    """The number for which a formula gives a size."""
+    for number in range(1, _MOST_PIECES + 1):
+        if _same(size, formula(number)):
+            return Dim(kind, number, axis)
+    raise _Unsayable
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
@@ -256,8 +263,10 @@ class _Body(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         signature, names = self.variant.signature, self.variant.names
         first, count = tensors[0], len(self.variant.signature.shapes)
-        settings = [_valued(value, first) for value in signature.settings]
-        given = dict(zip(names[count:], settings, strict=True))
+        given: dict[str, Any] = {}
+        for name, value in sorted(zip(names[count:], signature.settings, strict=True), key=_after_sizes):
+            given[name] = _valued(value, first, given)
+        settings = [given[name] for name in names[count:]]
         left = iter(tensors)
         args = [
             None if shape is None else _shaped(next(left), shape, first, given) for shape in signature.shapes
@@ -266,14 +275,22 @@ class _Body(nn.Module):
         return out
 
 
-def _valued(value: Any, first: Tensor) -> Any:
-    from ..ops.regions import ceil_div
+def _after_sizes(setting: tuple[str, Any]) -> bool:
+    return isinstance(setting[1], Dim)
+
+
+def _valued(value: Any, first: Tensor, given: dict[str, Any]) -> Any:
+    from ..ops.regions import ceil_div, region_count
 
     if isinstance(value, tuple):
-        return [_valued(item, first) for item in value]
-    if isinstance(value, Dim):
-        return ceil_div(first.shape[value.axis], value.value) if value.kind == "pieces" else value.value
-    return value
+        return [_valued(item, first, given) for item in value]
+    if not isinstance(value, Dim):
+        return value
+    if value.kind == "pieces":
+        return ceil_div(first.shape[value.axis], value.value)
+    if value.kind == "most":
+        return torch.sym_min(value.value, region_count(first, given["region_size"]))
+    return value.value
 
 
 def _shaped(x: Tensor, shape: tuple[Dim, ...], first: Tensor, given: dict[str, Any]) -> Tensor:
