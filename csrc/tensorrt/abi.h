@@ -113,18 +113,6 @@ struct DimsExprs {
 
 namespace v_1_0 {
 
-class ILogger {
-  public:
-    enum class Severity : int32_t { kInternalError, kError, kWarning, kInfo, kVerbose };
-    virtual void log(Severity, const char* message) noexcept = 0;
-    virtual ~ILogger() = default;
-};
-
-class ILoggerFinder : public IVersionedInterface {
-  public:
-    virtual ILogger* findLogger() = 0;
-};
-
 class IPluginCapability : public IVersionedInterface {};
 class IPluginResourceContext;
 

@@ -45,11 +45,16 @@ Size pieces(const Size& extent, int64_t size) {
     return size < 0 ? extent.pieces_of(extent.pieces_of(-size)) : extent.pieces_of(size);
 }
 
+Size regions(const Shapes& s, const std::string& grid, const std::string& setting) {
+    const std::vector<int64_t>& size = s.setting(setting).sizes;
+    if (size.size() != 2) throw std::invalid_argument(setting + " must be two numbers");
+    return pieces(s.size(grid, 1), size[0]).times(pieces(s.size(grid, 2), size[1]));
+}
+
 std::vector<Size> routes(const Shapes& s) {
-    const std::vector<int64_t>& region = s.setting("region_size").sizes;
-    if (region.size() != 2) throw std::invalid_argument("region_size must be two numbers");
-    const Size regions = pieces(s.size("q", 1), region[0]).times(pieces(s.size("q", 2), region[1]));
-    return {s.size("q", 0), regions, Size(s.builder, s.setting("topk").integer)};
+    const int64_t topk = s.setting("topk").integer;
+    const Size chosen = topk < 0 ? regions(s, "k", "kv_region_size").at_most(-topk) : Size(s.builder, topk);
+    return {s.size("q", 0), regions(s, "q", "region_size"), chosen};
 }
 
 std::vector<Size> keys(const Shapes& s) {

@@ -15,6 +15,9 @@ class Size {
 
     const nvinfer1::IDimensionExpr* expression() const { return expression_; }
     Size times(const Size& other) const { return with(nvinfer1::DimensionOperation::kProd, other); }
+    Size at_most(int64_t limit) const {
+        return with(nvinfer1::DimensionOperation::kMin, Size(*builder_, limit));
+    }
     Size pieces_of(const Size& size) const { return with(nvinfer1::DimensionOperation::kCeilDiv, size); }
     Size pieces_of(int64_t size) const { return pieces_of(Size(*builder_, size)); }
 

@@ -20,17 +20,19 @@ using namespace nvinfer1::v_1_0;
 constexpr const char *kNamespace = "vitrail", *kVersion = "1";
 constexpr int kMostVariants = 32;
 
-ILoggerFinder* logger_finder = nullptr;
-
-void report(const std::string& name, const std::string& message) {
-    const std::string text = "vitrail::" + name + ": " + message;
-    if (ILogger* const logger = logger_finder ? logger_finder->findLogger() : nullptr)
-        logger->log(ILogger::Severity::kError, text.c_str());
-    else
-        std::fprintf(stderr, "%s\n", text.c_str());
+// The last error of this thread, for those who loaded the library. It goes to stderr, too, and not to TensorRT's logger,
+// whose layout is not the same in all versions.
+std::string& last_error() {
+    static thread_local std::string message;
+    return message;
 }
 
-// What `action` returns; where it throws, the message goes to TensorRT and `otherwise` is returned.
+void report(const std::string& name, const std::string& message) {
+    last_error() = "vitrail::" + name + ": " + message;
+    std::fprintf(stderr, "%s\n", last_error().c_str());
+}
+
+// What `action` returns; where it throws, the message is reported and `otherwise` is returned.
 template <class Result, class Action>
 Result guarded(const std::string& name, Result otherwise, Action action) noexcept {
     try {
@@ -201,7 +203,8 @@ class Node {
                 throw std::invalid_argument("attribute inputs must name " + operator_.arguments[i]);
     }
 
-    // Settings in which a negative size, the number of pieces that a grid is cut into, is the size of these.
+    // Settings in which a negative size, the number of pieces that a grid is cut into, is the size of these, and a
+    // negative number, the most regions that may be chosen, is how many there are to choose.
     std::map<std::string, Value> resolved(const std::vector<Tensor>& tensors) const {
         std::map<std::string, Value> settings = settings_;
         for (auto& [name, value] : settings) {
@@ -209,6 +212,12 @@ class Node {
             const Tensor& grid = tensors[of_keys ? 1 : 0];
             for (size_t i = 0; i < value.sizes.size(); ++i)
                 if (value.sizes[i] < 0) value.sizes[i] = quotient(grid.size(int64_t(i) + 1), -value.sizes[i]);
+        }
+        const auto chosen = settings.find("topk");
+        if (chosen != settings.end() && chosen->second.integer < 0) {
+            const std::vector<int64_t>& region = settings.at("kv_region_size").sizes;
+            const int64_t regions = quotient(tensors[1].size(1), region[0]) * quotient(tensors[1].size(2), region[1]);
+            chosen->second.integer = std::min(-chosen->second.integer, regions);
         }
         return settings;
     }
@@ -270,10 +279,6 @@ class Plugin : public IPluginV3,
     Plugin(std::string name, std::shared_ptr<const Node> node)
         : name_(std::move(name)), node_(std::move(node)), fields_(*node_) {}
 
-    // Of several bases; the one that is meant is that of the plugin.
-    InterfaceInfo getInterfaceInfo() const noexcept override { return IPluginV3::getInterfaceInfo(); }
-    APILanguage getAPILanguage() const noexcept override { return APILanguage::kCpp; }
-
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
         switch (type) {
             case PluginCapabilityType::kCore:
@@ -295,9 +300,13 @@ class Plugin : public IPluginV3,
 
     // --- building ---
 
-    int32_t configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
+    // Runs the operator's checks, so that what it refuses is refused here and not when an engine runs.
+    int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
                             int32_t) noexcept override {
-        return 0;
+        return guarded(name_, -1, [&] {
+            measured(in, inputs);
+            return 0;
+        });
     }
 
     int32_t getNbOutputs() const noexcept override { return 1; }
@@ -344,15 +353,7 @@ class Plugin : public IPluginV3,
 
     size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
                             int32_t) const noexcept override {
-        return guarded(name_, size_t(0), [&] {
-            node_->check_inputs(inputs);
-            std::vector<Tensor> tensors;
-            for (int32_t i = 0; i < inputs; ++i) tensors.push_back(tensor_of(in[i].desc, in[i].max, nullptr));
-            node_->enlarge(tensors);
-            const Call call;
-            node_->run(tensors);
-            return call.used();
-        });
+        return guarded(name_, size_t(0), [&] { return measured(in, inputs); });
     }
 
     // --- running ---
@@ -378,6 +379,17 @@ class Plugin : public IPluginV3,
     const PluginFieldCollection* getFieldsToSerialize() noexcept override { return fields_.collection(); }
 
   private:
+    // Bytes of workspace that inputs of any size up to the largest take.
+    size_t measured(const DynamicPluginTensorDesc* in, int32_t inputs) const {
+        node_->check_inputs(inputs);
+        std::vector<Tensor> tensors;
+        for (int32_t i = 0; i < inputs; ++i) tensors.push_back(tensor_of(in[i].desc, in[i].max, nullptr));
+        node_->enlarge(tensors);
+        const Call call;
+        node_->run(tensors);
+        return call.used();
+    }
+
     const std::string name_;
     const std::shared_ptr<const Node> node_;
     const Fields fields_;
@@ -442,6 +454,8 @@ VITRAIL_EXPORT nvinfer1::v_1_0::IPluginCreatorInterface* const* getCreators(int3
     return all.data();
 }
 
-VITRAIL_EXPORT void setLoggerFinder(nvinfer1::v_1_0::ILoggerFinder* finder) {
-    vitrail::tensorrt::logger_finder = finder;
+VITRAIL_EXPORT void setLoggerFinder(void*) {}
+
+VITRAIL_EXPORT const char* vitrail_plugin_error() {
+    return vitrail::tensorrt::last_error().c_str();
 }

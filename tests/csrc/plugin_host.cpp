@@ -12,24 +12,9 @@ using namespace nvinfer1;
 using namespace nvinfer1::v_1_0;
 
 extern "C" IPluginCreatorInterface* const* getCreators(int32_t&);
-extern "C" void setLoggerFinder(ILoggerFinder*);
+extern "C" const char* vitrail_plugin_error();
 
 namespace {
-
-std::string last_error;
-
-class Logger : public ILogger {
-    void log(Severity, const char* message) noexcept override { last_error = message; }
-};
-
-class Finder : public ILoggerFinder {
-  public:
-    InterfaceInfo getInterfaceInfo() const noexcept override { return {"ILoggerFinder", 1, 0}; }
-    ILogger* findLogger() override { return &logger_; }
-
-  private:
-    Logger logger_;
-};
 
 class Number : public IDimensionExpr, public apiv::VDimensionExpr {
   public:
@@ -52,6 +37,7 @@ class Builder : public IExprBuilder, public apiv::VExprBuilder {
                                     const IDimensionExpr& second) override {
         const int64_t a = first.impl->getConstantValue(), b = second.impl->getConstantValue();
         if (op == DimensionOperation::kProd) return constant(a * b);
+        if (op == DimensionOperation::kMin) return constant(a < b ? a : b);
         if (op == DimensionOperation::kCeilDiv) return constant((a + b - 1) / b);
         return nullptr;
     }
@@ -73,7 +59,7 @@ struct Build {
 };
 
 int failed(const char* what, char* message, int size) {
-    std::snprintf(message, size_t(size), "%s: %s", what, last_error.c_str());
+    std::snprintf(message, size_t(size), "%s: %s", what, vitrail_plugin_error());
     return 1;
 }
 
@@ -97,9 +83,6 @@ EXPORT const char* plugin_name(int i) {
 EXPORT int run_plugin(const char* name, const PluginField* fields, int field_count, const PluginTensorDesc* in,
                       const Dims* most, int inputs, const void* const* data, void* result, int64_t room,
                       PluginTensorDesc* out, int64_t* workspace_bytes, char* message, int message_size) {
-    static Finder finder;
-    setLoggerFinder(&finder);
-    last_error.clear();
     int32_t count = 0;
     IPluginCreatorInterface* const* const creators = getCreators(count);
     IPluginCreatorV3One* creator = nullptr;
@@ -113,6 +96,12 @@ EXPORT int run_plugin(const char* name, const PluginField* fields, int field_cou
     if (!made) return failed("creation", message, message_size);
     const std::unique_ptr<IPluginV3> plugin(made->clone());
     IPluginV3OneBuild* const build = Build(plugin.get()).build;
+    const auto is = [](const IVersionedInterface& interface, const char* kind) {
+        return std::strcmp(interface.getInterfaceInfo().kind, kind) == 0;
+    };
+    if (!is(*plugin, "PLUGIN") || !is(*build, "PLUGIN_V3ONE_BUILD") ||
+        !is(*Build(plugin.get()).runtime, "PLUGIN_V3ONE_RUNTIME"))
+        return failed("an interface of another kind", message, message_size);
 
     Builder builder;
     std::vector<DimsExprs> sizes(inputs);
@@ -142,7 +131,6 @@ EXPORT int run_plugin(const char* name, const PluginField* fields, int field_cou
     if (build->configurePlugin(descs.data(), inputs, &descs[inputs], 1))
         return failed("configuration", message, message_size);
     *workspace_bytes = int64_t(build->getWorkspaceSize(descs.data(), inputs, &descs[inputs], 1));
-    if (!last_error.empty()) return failed("workspace", message, message_size);
 
     // An engine holds the plugin's fields, and makes another one of them.
     const std::unique_ptr<IPluginV3> loaded(
