@@ -5,8 +5,9 @@
 
 #include "../tensorrt/boxed.h"
 
-#define VITRAIL_REGISTER(name, ...) \
-    static const ::vitrail::tensorrt::Registration registration_of_##name(#name, ::vitrail::tensorrt::boxed<__VA_ARGS__>());
+#define VITRAIL_REGISTER(name, ...)                                        \
+    static const ::vitrail::tensorrt::Registration registration_of_##name( \
+        #name, ::vitrail::tensorrt::boxed<__VA_ARGS__>());
 #define VITRAIL_REGISTER_BACKWARD(name, ...)
 
 #else

@@ -39,8 +39,7 @@ inline void check_packed(const Checks& checks, const char* name, const BlockAtte
 // Empty outputs: the result, like q with the channels of v, and the log-sum-exp of each query and head.
 inline std::tuple<Tensor, Tensor> new_outputs(const Tensor& q, const Tensor& v, BlockAttention& a) {
     Tensor out = new_result(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-    Tensor lse =
-        tensors::new_empty(q, {q.size(0), q.size(1), q.size(2), a.heads}, compute_type(a.storage));
+    Tensor lse = tensors::new_empty(q, {q.size(0), q.size(1), q.size(2), a.heads}, compute_type(a.storage));
     a.out = grid_of(out);
     a.lse = grid_of(lse);
     return {out, lse};

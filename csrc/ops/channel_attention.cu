@@ -1,7 +1,7 @@
 // vitrail::channel_attention and its backward on a GPU.
 #include "../cuda/attention_launch.h"
-#include "../cuda/registration.h"
 #include "../cuda/channel_weights.h"
+#include "../cuda/registration.h"
 #include "../cuda/token_products.h"
 #include "channel_attention_host.h"
 
@@ -77,7 +77,7 @@ class Steps {
     // Of each image and head, some squares of numbers.
     Tensor squares(int64_t count) const {
         return tensors::new_empty(q_, {a_.images * a_.heads, count, a_.head_dim, a_.head_dim},
-                                        ScalarType::Float);
+                                  ScalarType::Float);
     }
 
     cuda::TokenMaps maps_of(const Pairs& pairs) const {

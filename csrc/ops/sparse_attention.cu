@@ -2,8 +2,8 @@
 #include <cassert>
 
 #include "../cuda/attention_host.h"
-#include "../cuda/registration.h"
 #include "../cuda/launch.h"
+#include "../cuda/registration.h"
 #include "../cuda/tiles.h"
 #include "sparse_attention_host.h"
 
@@ -47,7 +47,7 @@ struct Masked {
 
     Masked(const SparseAttention& a, const Tensor& q)
         : bits(tensors::new_empty(q, {q.size(0) * a.heads, a.queries, KeyMasks::words(a.tokens)},
-                                        ScalarType::Int)),
+                                  ScalarType::Int)),
           repeats(tensors::new_zeros(q, {q.size(0), a.heads}, ScalarType::Int)),
           policy(a, static_cast<uint32_t*>(bits.mutable_data_ptr()),
                  static_cast<int32_t*>(repeats.mutable_data_ptr())) {

@@ -103,8 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> strip_mix_backward(const Tensor& grad, const 
     const int64_t length = x.size(axis), groups = weight.size(3);
     Tensor grad_x = tensors::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
     Tensor grad_weight = tensors::new_empty(x, {3, length, length, groups});
-    Tensor grad_bias =
-        bias ? tensors::new_empty(x, {length, groups}) : tensors::new_empty(x, {0});
+    Tensor grad_bias = bias ? tensors::new_empty(x, {length, groups}) : tensors::new_empty(x, {0});
     if (x.numel() == 0) {
         tensors::zero_(grad_weight);
         tensors::zero_(grad_bias);

@@ -1,7 +1,7 @@
-// What TensorRT and a plugin agree on, as far as `IPluginV3` goes: layouts of structures, and the order of virtual
-// functions. TensorRT's own headers come with its archives, not with its Python packages; this is the part of the
-// interface that a plugin library needs, so that it can be built wherever nvcc is. Names are those of the interface,
-// as they are part of it.
+// What TensorRT and a plugin agree on, as far as `IPluginV3` goes: layouts of structures, and the order of
+// virtual functions. TensorRT's own headers come with its archives, not with its Python packages; this is the
+// part of the interface that a plugin library needs, so that it can be built wherever nvcc is. Names are
+// those of the interface, as they are part of it.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,14 @@ namespace nvinfer1 {
 enum class DataType : int32_t { kFloat = 0, kHalf = 1, kInt32 = 3, kBFloat16 = 7, kInt64 = 8 };
 enum class TensorFormat : int32_t { kLinear = 0 };
 enum class DimensionOperation : int32_t { kSum, kProd, kMax, kMin, kSub, kEqual, kLess, kFloorDiv, kCeilDiv };
-enum class PluginFieldType : int32_t { kFloat32 = 1, kFloat64 = 2, kInt32 = 5, kChar = 6, kUnknown = 8, kInt64 = 10 };
+enum class PluginFieldType : int32_t {
+    kFloat32 = 1,
+    kFloat64 = 2,
+    kInt32 = 5,
+    kChar = 6,
+    kUnknown = 8,
+    kInt64 = 10
+};
 enum class TensorRTPhase : int32_t { kBuild = 0, kRuntime = 1 };
 enum class PluginCapabilityType : int32_t { kCore = 0, kBuild = 1, kRuntime = 2 };
 enum class APILanguage : int32_t { kCpp = 0 };
@@ -159,8 +166,9 @@ class IPluginV3OneRuntime : public IPluginCapability {
     virtual int32_t setTactic(int32_t) noexcept { return 0; }
     virtual int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out,
                                   int32_t outputs) noexcept = 0;
-    virtual int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
-                            void* const* outputs, void* workspace, CUstream_st* stream) noexcept = 0;
+    virtual int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out,
+                            const void* const* inputs, void* const* outputs, void* workspace,
+                            CUstream_st* stream) noexcept = 0;
     virtual IPluginV3* attachToContext(IPluginResourceContext*) noexcept = 0;
     virtual const PluginFieldCollection* getFieldsToSerialize() noexcept = 0;
 };
@@ -170,7 +178,8 @@ class IPluginCreatorInterface : public IVersionedInterface {};
 class IPluginCreatorV3One : public IPluginCreatorInterface {
   public:
     InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN CREATOR_V3ONE", 1, 0}; }
-    virtual IPluginV3* createPlugin(const char* name, const PluginFieldCollection*, TensorRTPhase) noexcept = 0;
+    virtual IPluginV3* createPlugin(const char* name, const PluginFieldCollection*,
+                                    TensorRTPhase) noexcept = 0;
     virtual const PluginFieldCollection* getFieldNames() noexcept = 0;
     virtual const char* getPluginName() const noexcept = 0;
     virtual const char* getPluginVersion() const noexcept = 0;

@@ -1,9 +1,9 @@
-// The operators as plugins of TensorRT: one class for all, an `IPluginV3` that runs the host side of an operator on
-// TensorRT's memory and stream.
+// The operators as plugins of TensorRT: one class for all, an `IPluginV3` that runs the host side of an
+// operator on TensorRT's memory and stream.
 //
 // A node of an ONNX file becomes a plugin by its name, that of the operator or one with a number behind it
-// (`routed_attention_2`): functions of a file are told apart by their names alone. Its attributes are the operator's
-// settings, and `inputs`, the names of the tensors that it is given.
+// (`routed_attention_2`): functions of a file are told apart by their names alone. Its attributes are the
+// operator's settings, and `inputs`, the names of the tensors that it is given.
 #include <algorithm>
 #include <cstdio>
 #include <memory>
@@ -20,8 +20,8 @@ using namespace nvinfer1::v_1_0;
 constexpr const char *kNamespace = "vitrail", *kVersion = "1";
 constexpr int kMostVariants = 32;
 
-// The last error of this thread, for those who loaded the library. It goes to stderr, too, and not to TensorRT's logger,
-// whose layout is not the same in all versions.
+// The last error of this thread, for those who loaded the library. It goes to stderr, too, and not to
+// TensorRT's logger, whose layout is not the same in all versions.
 std::string& last_error() {
     static thread_local std::string message;
     return message;
@@ -109,7 +109,8 @@ class Node {
             return *found->second;
         };
         const PluginField& inputs = field("inputs");
-        if (inputs.type != PluginFieldType::kChar) throw std::invalid_argument("attribute inputs must be text");
+        if (inputs.type != PluginFieldType::kChar)
+            throw std::invalid_argument("attribute inputs must be text");
         read_inputs(std::string(static_cast<const char*>(inputs.data), size_t(inputs.length)));
         for (size_t i = 0; i < operator_.arguments.size(); ++i) {
             const std::string& name = operator_.arguments[i];
@@ -157,8 +158,8 @@ class Node {
         function_.run(values);
     }
 
-    // Inputs as large as they make the workspace: where the number of regions is stated, they are most where they
-    // divide the grid.
+    // Inputs as large as they make the workspace: where the number of regions is stated, they are most where
+    // they divide the grid.
     void enlarge(std::vector<Tensor>& tensors) const {
         const auto found = settings_.find("region_size");
         if (found == settings_.end() || found->second.sizes.size() != 2) return;
@@ -203,8 +204,8 @@ class Node {
                 throw std::invalid_argument("attribute inputs must name " + operator_.arguments[i]);
     }
 
-    // Settings in which a negative size, the number of pieces that a grid is cut into, is the size of these, and a
-    // negative number, the most regions that may be chosen, is how many there are to choose.
+    // Settings in which a negative size, the number of pieces that a grid is cut into, is the size of these,
+    // and a negative number, the most regions that may be chosen, is how many there are to choose.
     std::map<std::string, Value> resolved(const std::vector<Tensor>& tensors) const {
         std::map<std::string, Value> settings = settings_;
         for (auto& [name, value] : settings) {
@@ -216,7 +217,8 @@ class Node {
         const auto chosen = settings.find("topk");
         if (chosen != settings.end() && chosen->second.integer < 0) {
             const std::vector<int64_t>& region = settings.at("kv_region_size").sizes;
-            const int64_t regions = quotient(tensors[1].size(1), region[0]) * quotient(tensors[1].size(2), region[1]);
+            const int64_t regions =
+                quotient(tensors[1].size(1), region[0]) * quotient(tensors[1].size(2), region[1]);
             chosen->second.integer = std::min(-chosen->second.integer, regions);
         }
         return settings;
@@ -236,8 +238,9 @@ class Fields {
         for (const std::string& name : node.inputs()) text_ += (text_.empty() ? "" : ",") + name;
         add("inputs", text_.data(), PluginFieldType::kChar, text_.size());
         for (const auto& [name, value] : node.settings()) {
-            const size_t at = size_t(std::find(node.rules().arguments.begin(), node.rules().arguments.end(), name) -
-                                     node.rules().arguments.begin());
+            const size_t at =
+                size_t(std::find(node.rules().arguments.begin(), node.rules().arguments.end(), name) -
+                       node.rules().arguments.begin());
             switch (registered().at(node.operation()).kinds[at]) {
                 case Kind::kSizes:
                     add(name.c_str(), value.sizes.data(), PluginFieldType::kInt64, value.sizes.size());
@@ -268,7 +271,8 @@ class Fields {
 // --- the plugin ---
 
 Tensor tensor_of(const PluginTensorDesc& desc, const Dims& dims, const void* data) {
-    return {const_cast<void*>(data), scalar_type(desc.type), std::vector<int64_t>(dims.d, dims.d + dims.count)};
+    return {const_cast<void*>(data), scalar_type(desc.type),
+            std::vector<int64_t>(dims.d, dims.d + dims.count)};
 }
 
 class Plugin : public IPluginV3,
@@ -311,7 +315,8 @@ class Plugin : public IPluginV3,
 
     int32_t getNbOutputs() const noexcept override { return 1; }
 
-    int32_t getOutputDataTypes(DataType* out, int32_t, const DataType* in, int32_t inputs) const noexcept override {
+    int32_t getOutputDataTypes(DataType* out, int32_t, const DataType* in,
+                               int32_t inputs) const noexcept override {
         return guarded(name_, -1, [&] {
             node_->check_inputs(inputs);
             out[0] = node_->rules().chooses ? DataType::kInt64 : in[0];
@@ -319,8 +324,8 @@ class Plugin : public IPluginV3,
         });
     }
 
-    int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out, int32_t,
-                            IExprBuilder& builder) noexcept override {
+    int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out,
+                            int32_t, IExprBuilder& builder) noexcept override {
         return guarded(name_, -1, [&] {
             node_->check_inputs(inputs);
             Shapes shapes = {builder, {}, node_->settings()};
@@ -358,7 +363,8 @@ class Plugin : public IPluginV3,
 
     // --- running ---
 
-    int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override {
+    int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*,
+                          int32_t) noexcept override {
         return 0;
     }
 
@@ -418,7 +424,8 @@ class Creator : public IPluginCreatorV3One {
     }
     Creator(const Creator&) = delete;
 
-    IPluginV3* createPlugin(const char*, const PluginFieldCollection* fields, TensorRTPhase) noexcept override {
+    IPluginV3* createPlugin(const char*, const PluginFieldCollection* fields,
+                            TensorRTPhase) noexcept override {
         return guarded<IPluginV3*>(name_, nullptr, [&] {
             return new Plugin(name_, std::make_shared<const Node>(operation_, *fields));
         });

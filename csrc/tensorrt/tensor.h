@@ -1,5 +1,5 @@
-// Tensors of a plugin: memory that TensorRT owns. They offer what the host sides of the operators ask of torch's, so
-// that these serve both.
+// Tensors of a plugin: memory that TensorRT owns. They offer what the host sides of the operators ask of
+// torch's, so that these serve both.
 #pragma once
 
 #include <cstdint>

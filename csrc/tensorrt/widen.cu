@@ -1,7 +1,6 @@
-#include "widen.h"
-
 #include "../cuda/launch.h"
 #include "../cuda/tiles.h"
+#include "widen.h"
 
 namespace vitrail {
 namespace cuda {
@@ -23,8 +22,8 @@ Tensor widened(const Tensor& t) {
     const auto run = [&](auto s) {
         using S = decltype(s);
         cuda::Launcher{t}(cuda::widen_numbers<S>, (t.numel() + kThreads - 1) / kThreads, kThreads, 0,
-                          static_cast<const S*>(t.const_data_ptr()), static_cast<float*>(to.mutable_data_ptr()),
-                          t.numel());
+                          static_cast<const S*>(t.const_data_ptr()),
+                          static_cast<float*>(to.mutable_data_ptr()), t.numel());
     };
     if (t.scalar_type() == ScalarType::BFloat16)
         run(cuda::BFloat16());

@@ -1,5 +1,5 @@
-// A stand-in for TensorRT, for tests without a GPU: takes a plugin from creation over serialisation and the questions
-// of a build to a run on host memory. It knows plugins through csrc/tensorrt/abi.h alone.
+// A stand-in for TensorRT, for tests without a GPU: takes a plugin from creation over serialisation and the
+// questions of a build to a run on host memory. It knows plugins through csrc/tensorrt/abi.h alone.
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -54,8 +54,10 @@ struct Build {
     IPluginV3OneRuntime* runtime;
 
     explicit Build(IPluginV3* plugin)
-        : build(static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBuild))),
-          runtime(static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRuntime))) {}
+        : build(
+              static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBuild))),
+          runtime(static_cast<IPluginV3OneRuntime*>(
+              plugin->getCapabilityInterface(PluginCapabilityType::kRuntime))) {}
 };
 
 int failed(const char* what, char* message, int size) {
@@ -78,11 +80,12 @@ EXPORT const char* plugin_name(int i) {
     return static_cast<IPluginCreatorV3One*>(getCreators(count)[i])->getPluginName();
 }
 
-// Runs a plugin on inputs of the given sizes, with the workspace that it asked for where sizes go up to `most`.
-// `result` has room for `room` bytes; its sizes and type come back. Returns 0, or 1 and a message.
-EXPORT int run_plugin(const char* name, const PluginField* fields, int field_count, const PluginTensorDesc* in,
-                      const Dims* most, int inputs, const void* const* data, void* result, int64_t room,
-                      PluginTensorDesc* out, int64_t* workspace_bytes, char* message, int message_size) {
+// Runs a plugin on inputs of the given sizes, with the workspace that it asked for where sizes go up to
+// `most`. `result` has room for `room` bytes; its sizes and type come back. Returns 0, or 1 and a message.
+EXPORT int run_plugin(const char* name, const PluginField* fields, int field_count,
+                      const PluginTensorDesc* in, const Dims* most, int inputs, const void* const* data,
+                      void* result, int64_t room, PluginTensorDesc* out, int64_t* workspace_bytes,
+                      char* message, int message_size) {
     int32_t count = 0;
     IPluginCreatorInterface* const* const creators = getCreators(count);
     IPluginCreatorV3One* creator = nullptr;
@@ -109,7 +112,8 @@ EXPORT int run_plugin(const char* name, const PluginField* fields, int field_cou
     std::vector<DynamicPluginTensorDesc> descs(inputs + 1);
     for (int i = 0; i < inputs; ++i) {
         sizes[i].count = in[i].dims.count;
-        for (int axis = 0; axis < in[i].dims.count; ++axis) sizes[i].d[axis] = builder.constant(in[i].dims.d[axis]);
+        for (int axis = 0; axis < in[i].dims.count; ++axis)
+            sizes[i].d[axis] = builder.constant(in[i].dims.d[axis]);
         types[i] = in[i].type;
         descs[i] = {in[i], in[i].dims, most[i], most[i]};
     }
@@ -133,8 +137,8 @@ EXPORT int run_plugin(const char* name, const PluginField* fields, int field_cou
     *workspace_bytes = int64_t(build->getWorkspaceSize(descs.data(), inputs, &descs[inputs], 1));
 
     // An engine holds the plugin's fields, and makes another one of them.
-    const std::unique_ptr<IPluginV3> loaded(
-        creator->createPlugin(name, Build(plugin.get()).runtime->getFieldsToSerialize(), TensorRTPhase::kRuntime));
+    const std::unique_ptr<IPluginV3> loaded(creator->createPlugin(
+        name, Build(plugin.get()).runtime->getFieldsToSerialize(), TensorRTPhase::kRuntime));
     if (!loaded) return failed("creation from an engine", message, message_size);
     const std::unique_ptr<IPluginV3> attached(Build(loaded.get()).runtime->attachToContext(nullptr));
     IPluginV3OneRuntime* const runtime = Build(attached.get()).runtime;
@@ -142,8 +146,10 @@ EXPORT int run_plugin(const char* name, const PluginField* fields, int field_cou
     // What lies past the workspace must stay as it is; what is in it is not zero.
     constexpr size_t kGuard = 4096;
     std::vector<unsigned char> memory(size_t(*workspace_bytes) + kGuard + 256, 0xff);
-    auto* const workspace = reinterpret_cast<unsigned char*>((uintptr_t(memory.data()) + 255) & ~uintptr_t(255));
-    if (runtime->enqueue(in, out, data, &result, workspace, nullptr)) return failed("run", message, message_size);
+    auto* const workspace =
+        reinterpret_cast<unsigned char*>((uintptr_t(memory.data()) + 255) & ~uintptr_t(255));
+    if (runtime->enqueue(in, out, data, &result, workspace, nullptr))
+        return failed("run", message, message_size);
     for (const unsigned char* p = workspace + *workspace_bytes; p < memory.data() + memory.size(); ++p)
         if (*p != 0xff) return failed("the workspace was left", message, message_size);
     return 0;
