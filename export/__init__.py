@@ -1,22 +1,32 @@
 """From a module to a file that is proven to compute the same.
 
 `to_onnx(model, "model.onnx")` writes and verifies, `verify_onnx` verifies a file that is there.
-The packages behind them (onnx, onnxscript, onnxruntime, Pillow, rich) are imported when they are needed.
+`to_tensorrt(model, "model.engine")` builds an engine and reports what is in it, `Engine` runs one.
+The packages behind them (onnx, onnxscript, onnxruntime, tensorrt, Pillow, rich) are imported when they are needed.
 """
 
+from .engine import Engine, NoGPUError
+from .engine_report import EngineReport, Kernel, Timing
 from .errors import ExportError, VerificationError
 from .images import Preprocessing
 from .onnx import OPSETS, ExportReport, to_onnx
+from .tensorrt import to_tensorrt
 from .verify import Check, VerificationReport, verify_onnx
 
 __all__ = [
     "OPSETS",
     "Check",
+    "Engine",
+    "EngineReport",
     "ExportError",
     "ExportReport",
+    "Kernel",
+    "NoGPUError",
     "Preprocessing",
+    "Timing",
     "VerificationError",
     "VerificationReport",
     "to_onnx",
+    "to_tensorrt",
     "verify_onnx",
 ]

@@ -86,9 +86,11 @@ def clean(model: onnx.ModelProto, symbols: Mapping[str, str], prefix: str = "mod
     """Take out of `model`, in place, what belongs to the machine that traced it.
 
     Stack traces and source paths go, dimensions get readable names (`symbols`: traced symbol to name),
-    weights get their names in the model's own state dict (`prefix` goes), and unused operator sets are dropped.
+    weights get their names in the model's own state dict (`prefix` goes), nodes those of their modules
+    (`stages.0.attn/MatMul`), and unused operator sets are dropped.
     """
     graph = model.graph
+    _name_nodes(graph, prefix)
     renamed = {t.name: t.name[len(prefix) :] for t in graph.initializer if t.name.startswith(prefix)}
     taken = {name for node in walk(graph) for name in node.output} | {v.name for v in graph.input}
     renamed = {old: new for old, new in renamed.items() if new not in taken}
@@ -114,6 +116,33 @@ def clean(model: onnx.ModelProto, symbols: Mapping[str, str], prefix: str = "mod
     for entry in list(model.opset_import):
         if entry.domain not in STANDARD_DOMAINS and entry.domain not in used:
             model.opset_import.remove(entry)
+
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter notes the modules that a node comes from, outermost first, and last its own name."""
+
+
+def _name_nodes(graph: onnx.GraphProto, prefix: str) -> None:
+    """Name nodes by their modules. One that an optimisation made is taken to be where its input comes from."""
+    modules: dict[str, str] = {}
+    taken: Counter[str] = Counter()
+    for node in walk(graph):
+        noted = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
+        scopes = re.findall(r"'([^']*)'", noted)[:-1]
+        if scopes:  # the outermost module has no name; what is above it (shape arithmetic) is in none
+            module = f"{scopes[-1]}.".removeprefix(prefix).rstrip(".") if scopes[0] == "" else ""
+        else:
+            module = next((modules[name] for name in node.input if name in modules), "")
+        modules.update(dict.fromkeys(node.output, module))
+        name = f"{module}/{node.op_type}".lstrip("/")
+        taken[name] += 1
+        node.name = f"{name}_{taken[name] - 1}" if taken[name] > 1 else name
+
+
+def module_of(node: str) -> str:
+    """The module path in a node's name, as `clean` gives it: `stages.0.attn` of `stages.0.attn/MatMul_1`, else ""."""
+    found = re.fullmatch(r"/?([\w.]+)/\w+", node)
+    return found[1] if found else ""
 
 
 def _readable(expression: str, symbols: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine_report import EngineReport
     from .onnx import ExportReport
     from .verify import VerificationReport
 
@@ -34,6 +35,45 @@ def report_table(report: ExportReport) -> Any:
         facts.add_row("note", note)
     checks: Any = checks_table(report.verification) if report.verification else Text("not verified")
     return Group(facts, checks)
+
+
+def engine_table(report: EngineReport) -> Any:
+    """The engine, what is in it, its times and its verification, one under the other."""
+    from rich.console import Group
+    from rich.table import Table
+
+    facts = Table(title=f"{report.model} as a TensorRT engine", show_header=False, title_justify="left")
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row(
+        "file", f"{report.path}, {report.size_bytes / 1e6:.1f} MB; what is in it: {report.path}.json"
+    )
+    facts.add_row("library", f"{report.library}, for {', '.join(report.archs)}; {report.dtype}")
+    for name, shapes in report.profile.items():
+        least, best, largest = ("x".join(map(str, shape)) for shape in shapes)
+        span = least if least == largest else f"{least} to {largest}, best at {best}"
+        facts.add_row("input", f"{name} {span}")
+    facts.add_row("output", "\n".join(map(str, report.outputs)))
+    kinds = ", ".join(f"{kind} {count}" for kind, count in report.kernel_types.items())
+    facts.add_row(
+        "kernels", f"{sum(report.kernel_types.values())} from {report.network_layers} layers: {kinds}"
+    )
+    facts.add_row("attention", f"{len(report.fused_attentions)} of {report.attentions} fused into one kernel")
+    if report.plugins:
+        facts.add_row("plugins", f"{len(report.plugins)} layers")
+    for what, size in (("activations", report.activation_bytes), ("weights", report.weights_bytes)):
+        if size is not None:
+            facts.add_row(what, f"{size / 1e6:.1f} MB on the GPU")
+    facts.add_row("seconds", ", ".join(f"{step} {took:.1f}" for step, took in report.seconds.items()))
+    for timing in report.timings:
+        facts.add_row(
+            "time",
+            f"{'x'.join(map(str, timing.shape))}: {timing.median_ms:.3f} ms "
+            f"({timing.p10_ms:.3f} to {timing.p90_ms:.3f}), {timing.images_per_second:.0f} images/s",
+        )
+    for note in report.notes:
+        facts.add_row("note", note)
+    return Group(facts, *([checks_table(report.verification)] if report.verification else []))
 
 
 def checks_table(report: VerificationReport) -> Any:

@@ -1,7 +1,7 @@
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, load
 
-from vitrail.export.graph import advice, clean, opset_of, summarize, walk
+from vitrail.export.graph import advice, clean, module_of, opset_of, summarize, walk
 
 
 def model_of(*nodes, opset=20, constants=(), shape=("s0", 4, 8)):
@@ -96,3 +96,37 @@ def test_cleaning_renames_dimensions_and_weights_and_drops_traces():
     assert b"someone" not in model.SerializeToString()
     assert [entry.domain for entry in model.opset_import] == [""]
     assert opset_of(model) == 20
+
+
+def scoped(op_type, inputs, outputs, *scopes):
+    made = node(op_type, inputs, outputs)
+    made.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=str([*scopes, outputs[0]]))
+    return made
+
+
+def test_nodes_are_named_after_their_modules():
+    model = model_of(
+        scoped("Shape", ["x"], ["s"], "_a_hook_of_torch"),
+        scoped("MatMul", ["x", "w"], ["a"], "", "model", "model.stages.0", "model.stages.0.attn"),
+        scoped("MatMul", ["a", "w"], ["b"], "", "model", "model.stages.0", "model.stages.0.attn"),
+        node("Split", ["b"], ["c", "d"]),
+        scoped("Relu", ["c"], ["y"], "", "model"),
+    )
+    clean(model, {})
+    assert [n.name for n in model.graph.node] == [
+        "Shape",
+        "stages.0.attn/MatMul",
+        "stages.0.attn/MatMul_1",
+        "stages.0.attn/Split",
+        "Relu",
+    ]
+    assert [module_of(n.name) for n in model.graph.node] == ["", *["stages.0.attn"] * 3, ""]
+
+
+def test_the_nodes_of_a_file_lead_to_the_modules_of_the_model(exported):
+    model, path, _ = exported
+    names = [n.name for n in load(path).graph.node]
+    assert len(set(names)) == len(names)
+    assert {"stem/Conv", "norm/LayerNormalization", "act/Gelu"} <= set(names)
+    modules = dict(model.named_modules())
+    assert {module_of(name) for name in names} <= set(modules)

@@ -1,9 +1,10 @@
-"""`vitrail export onnx`: a model as a verified ONNX file."""
+"""`vitrail export`: a model as a verified ONNX file, and as what is made of it."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from . import export_tensorrt
 from .terminal import (
     JobFailed,
     Terminal,
@@ -50,7 +51,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "export",
         help="write a model as a file for runtimes",
         description="Write a model as a file that runtimes load, proven to compute what the model computes.",
-        epilog="example:\n  vitrail export onnx biformer_tiny biformer_tiny.onnx",
+        epilog="examples:\n  vitrail export onnx biformer_tiny biformer_tiny.onnx\n"
+        "  vitrail export tensorrt biformer_tiny biformer_tiny.engine --dtype fp16",
     )
     formats = group.add_subparsers(title="formats", metavar="FORMAT", required=True, parser_class=type(group))
     parser = formats.add_parser(
@@ -114,6 +116,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="of random weights and noise (default: %(default)s)",
     )
     parser.set_defaults(run=run)
+    export_tensorrt.add(formats, common)
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
