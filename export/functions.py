@@ -13,6 +13,7 @@ overload. So calls that need other functions, because a size or a setting differ
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,18 @@ MOST_VARIANTS = 32
 """Names that a plugin library knows for an operator."""
 
 _SAME = "same"  # a node that gives its input a shape that is written in the sizes of another
+
+def has_nodes(path: str | os.PathLike[str]) -> bool:
+    """Whether an ONNX file has nodes that plugins can take; False where it can't be read as one."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        return False
+    return any(node.domain == DOMAIN for node in model.graph.node)
+
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
@@ -343,7 +356,7 @@ def function_of(variant: Variant, opset: int) -> onnx.FunctionProto:
     """A variant's definition as a function for float32, float16 and bfloat16 alike.
 
     Sums of products are in the type of the first input, as they are in a converted file of standard operators; softmax,
-    and all of a chooser, are in float32.
+    all of a chooser, and convolutions before opset 22, which know no bfloat16, are in float32.
 
     Raises:
         ExportError: torch can't trace or translate the definition.
@@ -358,7 +371,7 @@ def function_of(variant: Variant, opset: int) -> onnx.FunctionProto:
     except Exception as error:
         raise ExportError(f"the function of {variant.name} could not be made: {error}") from error
     nodes = _without_same(graph)
-    body = _Typed(variant.inputs[0], variant.signature.operator in CHOOSERS)
+    body = _Typed(variant.inputs[0], variant.signature.operator in CHOOSERS, opset)
     function = onnx.helper.make_function(
         DOMAIN,
         variant.name,
@@ -384,12 +397,17 @@ def _without_same(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return kept
 
 
+_BFLOAT16_CONV = 22
+"""From this operator set on, a convolution may be in bfloat16."""
+
+
 class _Typed:
     """Rewrites nodes that were traced in float32 so that they hold for any type of `like`."""
 
-    def __init__(self, like: str, wide: bool):
+    def __init__(self, like: str, wide: bool, opset: int):
         self.like = like
         self.wide = wide
+        self._in_float32 = {"Softmax"} if opset >= _BFLOAT16_CONV else {"Softmax", "Conv"}
 
     def of(self, graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """Nodes of a function: constants, and what `graph` computes."""
@@ -424,11 +442,15 @@ class _Typed:
             return [node]
         if node.op_type == "Cast" and _integer(node, "to") == onnx.TensorProto.FLOAT:
             return [self._cast(node.input[0], node.output[0])]
-        if node.op_type == "Softmax":
-            inner, out = f"{node.output[0]}_of", node.output[0]
-            widen = onnx.helper.make_node("Cast", [node.input[0]], [inner], to=onnx.TensorProto.FLOAT)
-            node.input[0], node.output[0] = inner, f"{out}_wide"
-            return [widen, node, self._cast(node.output[0], out)]
+        if node.op_type in self._in_float32:
+            out, widened = node.output[0], []
+            for i, name in enumerate(node.input):
+                node.input[i] = f"{out}_of_{i}"
+                widened.append(
+                    onnx.helper.make_node("Cast", [name], [node.input[i]], to=onnx.TensorProto.FLOAT)
+                )
+            node.output[0] = f"{out}_wide"
+            return [*widened, node, self._cast(node.output[0], out)]
         if node.op_type in ("Constant", "ConstantOfShape") and _holds_floats(node):
             out = node.output[0]
             node.output[0] = f"{out}_float"

@@ -23,6 +23,7 @@ Environment:
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -38,7 +39,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -260,14 +261,19 @@ _CUDA_FLAGS = (
 )
 
 
-def cuda_architectures() -> tuple[str, ...]:
-    """What is compiled for: `TORCH_CUDA_ARCH_LIST`, or the GPUs of this machine, or everything supported.
+def cuda_architectures(archs: Sequence[str] = ()) -> tuple[str, ...]:
+    """What is compiled for: `archs`, or `TORCH_CUDA_ARCH_LIST`, or the GPUs of this machine, or everything supported.
+
+    Args:
+        archs: such as `sm_89`.
 
     Raises:
         BuildError: the list names something that is not an architecture, or one that is too old.
     """
     named = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if named:
+    if archs:
+        chosen = tuple(re.sub(r"^sm_(\d+)(\d)$", r"\1.\2", name) for name in archs)
+    elif named:
         chosen = tuple(named.replace(";", " ").split())
     elif torch.cuda.is_available():
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -278,7 +284,9 @@ def cuda_architectures() -> tuple[str, ...]:
         match = re.fullmatch(r"(\d+)\.(\d+)(\+PTX)?", architecture)
         if match is None:
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST must hold versions such as 8.0;9.0+PTX, got {architecture!r} in {named!r}"
+                f"architectures must be such as sm_89, got {architecture!r}"
+                if archs
+                else f"TORCH_CUDA_ARCH_LIST must hold versions such as 8.0;9.0+PTX, got {architecture!r} in {named!r}"
             )
         if int(match[1]) < 8:
             raise BuildError(
@@ -288,14 +296,15 @@ def cuda_architectures() -> tuple[str, ...]:
     return chosen
 
 
-def _cuda_codes() -> list[str]:
+def _cuda_codes(archs: Sequence[str] = ()) -> list[str]:
     """What nvcc makes for the architectures that are asked for."""
-    chosen = [x.removesuffix("+PTX").replace(".", "") for x in cuda_architectures()]
+    architectures = cuda_architectures(archs)
+    chosen = [x.removesuffix("+PTX").replace(".", "") for x in architectures]
     # The front end runs once for all: no kernel uses what only a newer architecture has.
     codes = [f"-gencode=arch=compute_80,code=[{','.join(f'sm_{number}' for number in chosen)}]"]
     return codes + [
         f"-gencode=arch=compute_{number},code=compute_{number}"
-        for number, name in zip(chosen, cuda_architectures(), strict=True)
+        for number, name in zip(chosen, architectures, strict=True)
         if name.endswith("+PTX")
     ]
 
@@ -343,10 +352,10 @@ def plugin_sources() -> list[Path]:
 
 
 def plugin_commands(
-    compiler: Compiler, target: Path, sanitize: Sequence[str] = ()
+    compiler: Compiler, target: Path, sanitize: Sequence[str] = (), archs: Sequence[str] = ()
 ) -> tuple[list[list[str]], list[str]]:
     """The same for plugins of TensorRT, which know nothing of torch."""
-    command = [*compiler.command, *_CUDA_FLAGS, *_cuda_codes(), "-DVITRAIL_TENSORRT"]
+    command = [*compiler.command, *_CUDA_FLAGS, *_cuda_codes(archs), "-DVITRAIL_TENSORRT"]
     compiles, objects = _units(command, plugin_sources(), target)
     return compiles, [*compiler.command, "-shared", "-cudart=static", "-o", str(target), *objects]
 
@@ -407,7 +416,7 @@ def _source_key(sanitize: Sequence[str] = (), part: Part = CPU) -> str:
     sources = [
         path
         for path in sorted(_SOURCES.rglob("*"))
-        if path.suffix in part.suffixes and (part is PLUGIN or path.parent != _PLUGIN_SOURCES)
+        if path.suffix in part.suffixes and (part.device == PLUGIN.device or path.parent != _PLUGIN_SOURCES)
     ]
     contents = [(path.relative_to(_SOURCES).as_posix(), path.read_bytes()) for path in sources]
     torch_key = (torch.__version__, torch.compiled_with_cxx11_abi())
@@ -519,6 +528,23 @@ def build(
     except OSError as error:
         raise BuildError(f"the library could not be written to {target.parent}: {error}") from error
     return target
+
+
+def plugin_library(archs: Sequence[str] = (), progress: Progress | None = None) -> Path:
+    """The library of plugins for TensorRT, which is built where there is none yet.
+
+    Args:
+        archs: GPU architectures such as `sm_89`; default: as for the CUDA operators.
+        progress: see `build`.
+
+    Raises:
+        BuildError: see `build`; or `VITRAIL_PLUGIN_LIBRARY` names no file.
+    """
+    named = _prebuilt(PLUGIN)
+    if named is not None and not named.is_file():
+        raise BuildError(f"there is no library at {named}, which {PLUGIN.variable} names; correct or unset it")
+    commands = functools.partial(plugin_commands, archs=tuple(archs))
+    return named or build(progress=progress, part=replace(PLUGIN, commands=commands))
 
 
 def _say(done: int, total: int, what: str) -> None:

@@ -11,6 +11,7 @@ from .terminal import (
     UsageError,
     add_image_size,
     add_model,
+    add_operators,
     at_least,
     existing_file,
     new_file,
@@ -23,6 +24,7 @@ examples:
   vitrail export onnx biformer_small out.onnx --checkpoint biformer_small.safetensors --images photos/
   vitrail export onnx biformer_tiny any.onnx --dynamic batch,height,width --img-size 256x320
   vitrail export onnx biformer_tiny pyramid.onnx --features --json
+  vitrail export onnx biformer_tiny fused.onnx --operators fused    # our kernels in TensorRT, see docs/EXPORT.md
 """
 
 _AXES = ("batch", "height", "width")
@@ -89,6 +91,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--opset", type=int, default=20, metavar="N", help="operator set (default: %(default)s)"
     )
+    add_operators(parser)
     parser.add_argument(
         "--images",
         type=_images,
@@ -156,6 +159,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 progress=steps.begin,
                 metadata={"weights": weights},
                 rewrite=standard_form,
+                operators=args.operators,
                 **tolerance,
             )
     except VerificationError as error:
