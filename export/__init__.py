@@ -1,20 +1,27 @@
 """From a module to a file that is proven to compute the same.
 
-`to_onnx(model, "model.onnx")` writes and verifies, `verify_onnx` verifies a file that is there.
+`to_onnx(model, "model.onnx")` writes and verifies, `verify_onnx` verifies a file that is there,
+`convert_precision` takes a float32 graph to float16 or bfloat16.
 `to_tensorrt(model, "model.engine")` builds an engine and reports what is in it, `Engine` runs one.
 The packages behind them (onnx, onnxscript, onnxruntime, tensorrt, Pillow, rich) are imported when they are needed.
 """
 
+from .capture import FORMS
 from .engine import Engine, NoGPUError
 from .engine_report import EngineReport, Kernel, Timing
 from .errors import ExportError, VerificationError
 from .images import Preprocessing
-from .onnx import OPSETS, ExportReport, to_onnx
+from .onnx import DEFAULT_OPSETS, OPSETS, ExportReport, to_onnx
+from .precision import DTYPES, convert_precision
 from .tensorrt import to_tensorrt
-from .verify import Check, VerificationReport, verify_onnx
+from .verify import TOLERANCES, Check, VerificationReport, verify_onnx
 
 __all__ = [
+    "DEFAULT_OPSETS",
+    "DTYPES",
+    "FORMS",
     "OPSETS",
+    "TOLERANCES",
     "Check",
     "Engine",
     "EngineReport",
@@ -26,6 +33,7 @@ __all__ = [
     "Timing",
     "VerificationError",
     "VerificationReport",
+    "convert_precision",
     "to_onnx",
     "to_tensorrt",
     "verify_onnx",

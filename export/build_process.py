@@ -78,16 +78,23 @@ class Builder:
             )
         return (here,)
 
-    def build(self, **request: Any) -> dict[str, Any]:
+    def build(self, nodes: Mapping[str, Sequence[str]], **request: Any) -> dict[str, Any]:
         """Build an engine as `builder.build` takes it, and say what there is to know of it.
+
+        Args:
+            nodes: names of the file's nodes, by type, for errors that give no name.
+            request: see `builder.build`.
 
         Raises:
             ExportError: TensorRT doesn't take the file, or can't build it, or its process died.
             OSError: the engine could not be written.
         """
-        return self._ask({"task": "build", **request, "archs": request["archs"] if self.offered else ()})
+        archs = request["archs"] if self.offered else ()
+        return self._ask({"task": "build", **request, "archs": archs}, nodes)
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(
+        self, request: dict[str, Any], nodes: Mapping[str, Sequence[str]] | None = None
+    ) -> dict[str, Any]:
         plugins = request.get("plugins", ())
         search = [os.path.abspath(entry) for entry in sys.path]
         with _surroundings(self.library, plugins) as environment, tempfile.TemporaryFile() as said:
@@ -117,11 +124,11 @@ class Builder:
             raise ExportError(_died(process.returncode, noise))
         document: dict[str, Any] = json.loads(answer)
         if "failed" in document:
-            raise self._reason(document["failed"])
+            raise self._reason(document["failed"], nodes or {})
         result: dict[str, Any] = document["ok"]
         return result
 
-    def _reason(self, failed: Mapping[str, Any]) -> Exception:
+    def _reason(self, failed: Mapping[str, Any], nodes: Mapping[str, Sequence[str]]) -> Exception:
         kind, name = failed["kind"], NAMES[self.library]
         errors = "; ".join(_plain(error) for error in failed.get("errors", ())) or "it gives no reason"
         if kind == "os":
@@ -136,7 +143,7 @@ class Builder:
                 "the engine was built, and memory ran out when it was to be written: free some"
             )
         if kind == "parse":
-            return ExportError(_refusal(name, failed["nodes"]))
+            return ExportError(_refusal(name, failed["nodes"], nodes))
         return ExportError(f"{name} can't build the engine: {errors}{_remedy(errors)}")
 
 
@@ -145,28 +152,36 @@ def arch_text(name: str) -> str:
     return name.lower().replace("sm", "sm_")
 
 
-def _refusal(name: str, nodes: Sequence[Mapping[str, Any]]) -> str:
+def _refusal(name: str, errors: Sequence[Mapping[str, Any]], nodes: Mapping[str, Sequence[str]]) -> str:
     """Which nodes TensorRT doesn't take, where they come from, and why."""
-    places = []
-    for node in nodes[:6]:
-        module = module_of(node["name"])
-        origin = f" in module {module}" if module else ""
-        inside = f" (in function {' > '.join(node['functions'])})" if node["functions"] else ""
-        unsupported = node["code"].startswith("UNSUPPORTED")
-        reason = node["code"].lower().replace("_", " ") if unsupported else _plain(node["text"])
-        places.append(f"{node['operator']} {node['name']!r}{origin}{inside}: {reason}")
-    more = f"; and {len(nodes) - 6} more" if len(nodes) > 6 else ""
-    if not places:
-        return f"{name} can't read the ONNX file, and gives no reason: check it with onnx.checker"
+    if not errors:
+        return f"{name} can't read the ONNX file, and gives no reason"
+    places = [_place(error, nodes) for error in errors[:6]]
+    more = f"; and {len(errors) - 6} more" if len(errors) > 6 else ""
     return (
-        f"{name} does not take {len(nodes)} of the file's nodes: {'; '.join(places)}{more}. Write these places with "
-        f"other operators, or name a library with plugins for them"
+        f"{name} does not take the file: {'; '.join(places)}{more}. Write these places with other operators, or name "
+        f"a library with plugins for them"
     )
+
+
+def _place(error: Mapping[str, Any], nodes: Mapping[str, Sequence[str]]) -> str:
+    """A node, or where the parser names none, those of the type that it was at."""
+    operator, names = error["operator"], [error["name"]] if error["name"] else []
+    if not operator:
+        operator = re.sub("^(import|check)", "", error["by"])
+        names = list(nodes.get(operator, ()))
+    modules = list(dict.fromkeys(filter(None, map(module_of, names))))
+    shown = ", ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    origin = f" in module {', '.join(modules[:2])}" if modules else ""
+    inside = f" (in function {' > '.join(error['functions'])})" if error["functions"] else ""
+    code = error["code"].lower().replace("_", " ")
+    reason = code if error["text"] == "false" else f"{code}, {_plain(error['text'])}"
+    return f"{operator} {shown}{origin}{inside}: {reason}"
 
 
 def _plain(error: str) -> str:
     """A message of the log without what speaks of TensorRT's own sources."""
-    text = re.sub(r"\s*In \w+ at /_src/\S+", "", error)
+    text = re.sub(r"\.?\s*In \w+ at [^\s)]+", "", error)
     text = re.sub(r"\[\w+\.cpp:\d+: \w+\] ", "", text)
     return re.sub(r"^\w+::\w+: Error Code \d+: ", "", text).strip(" .")
 

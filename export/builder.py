@@ -117,7 +117,7 @@ def _log(trt: Any) -> Any:
     """A logger that keeps errors, warnings, and the lines that describe the engine."""
     telling = re.compile(r"Layers:|Total (Activation|Weights) Memory: ")
 
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -175,6 +175,7 @@ def _refused(error: Any) -> dict[str, Any]:
         "operator": error.node_operator(),
         "code": str(error.code()).rpartition(".")[2],
         "text": error.desc(),
+        "by": error.func(),
         "functions": [str(name) for name in error.local_function_stack()],
     }
 

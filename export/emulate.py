@@ -20,7 +20,7 @@ _HALF = (FLOAT16, BFLOAT16)
 def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     """`model` with float32 in place of its half types, and a rounding after every node that computes in them.
 
-    Names of inputs, outputs and values stay. What was float32 or no float is left alone.
+    Names stay, and inputs and outputs are float32. What was float32 or no float is left alone.
     """
     import onnx
     from onnx import numpy_helper
@@ -28,6 +28,9 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     types = element_types(model)
     copy = without_weights(model)
     del copy.graph.node[:], copy.graph.value_info[:]
+    for value in (*copy.graph.input, *copy.graph.output):
+        if value.type.tensor_type.elem_type in _HALF:
+            value.type.tensor_type.elem_type = FLOAT
     for tensor in model.graph.initializer:
         if tensor.data_type in _HALF:
             values = numpy_helper.to_array(tensor).astype("float32")

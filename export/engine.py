@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Outputs, evaluation, prepared
+from .capture import Outputs, evaluation, form_of, prepared
 from .commit import finish
 from .engine_report import Timing
 from .errors import ExportError
 from .graph import TensorInfo
 from .images import Preprocessing, find_images, load_image
-from .verify import Check, VerificationReport, _compare, noise
+from .verify import Check, VerificationReport, _judge, noise, pixel_noise
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 """Python modules that build and run engines; an engine runs in the one that built it."""
@@ -107,7 +107,9 @@ class Engine:
         allowed = bool(self.report.get("plugins")) if host_code is None else host_code
         self._runtime.engine_host_code_allowed = allowed
         self._engine = self._runtime.deserialize_cuda_engine(data)
-        self._context = self._engine.create_execution_context() if self._engine is not None else None
+        self._context: Any = None
+        if self._engine is not None:
+            self._context = self._engine.create_execution_context()
         if self._context is None:
             raise ExportError(
                 f"{self.library} {trt.__version__} can't load {self.path} on {_gpu_name(self.device)}: an engine "
@@ -225,37 +227,41 @@ def verify_engine(
 ) -> VerificationReport:
     """Compare an engine with the module that it was built from, at the ends and in the middle of its profile.
 
-    The module runs on the CPU in float32. Arguments are those of `verify_onnx`.
+    The module runs on the CPU in float32. Arguments are those of `verify_onnx`. An engine can't be made to take
+    another's choices: one in half precision whose model chooses (top-k routing) may need a higher `rtol`.
 
     Raises:
-        ExportError: the engine takes something else than float32 images (B, C, H, W).
+        ExportError: the engine fails.
         ValueError, TypeError: wrong images, preprocessing or model.
     """
     started = time.perf_counter()
     say = progress or (lambda text: None)
-    if engine.input.dtype != "float32" or len(engine.input.shape) != 4:
-        raise ExportError(
-            f"only engines that take float32 (B, C, H, W) are compared, this takes {engine.input}"
-        )
     photos = find_images(images)
     loaded = [load_image(photo) for photo in photos]
     prepare = Preprocessing.of(model, preprocessing)
-    module = Outputs(prepared(model), features=engine.outputs[0].name == "stage0")
-    session = _Session(engine)
+    module = Outputs(prepared(model), form_of([info.name for info in engine.outputs]))
+    takes_pixels = engine.input.dtype == "uint8"
     checks: list[Check] = []
     with evaluation(module):
-        for batch, channels, height, width in dict.fromkeys(engine.profile):
-            for source in ("photos", "noise"):
-                say(f"comparing on {source}, {batch} x {channels} x {height} x {width}")
-                if source == "photos":
-                    many = max(1, -(-len(loaded) // batch)) * batch
-                    chosen = islice(cycle(loaded), many)
-                    stack = torch.stack([prepare(photo, (height, width), channels) for photo in chosen])
+        for shape in dict.fromkeys(engine.profile):
+            batch, channels, height, width = (shape[i] for i in ((0, 3, 1, 2) if takes_pixels else range(4)))
+            for kind in ("photos", "noise"):
+                say(f"comparing on {kind}, {batch} x {channels} x {height} x {width}")
+                if kind == "photos":
+                    chosen = islice(cycle(loaded), batch)
+                    stack = torch.stack(
+                        [prepare.pixels(photo, (height, width), channels) for photo in chosen]
+                    )
+                elif takes_pixels:
+                    stack = pixel_noise(batch, channels, height, width, seed=seed + batch)
                 else:
                     stack = noise(batch, channels, height, width, seed=seed + batch)
-                checks += _compare(
-                    session, module, engine.input, engine.outputs, stack, batch, source, rtol, atol
-                )
+                for_model = stack if stack.is_floating_point() else prepare.normalise(stack)
+                found = engine.run(stack.permute(0, 2, 3, 1) if takes_pixels else for_model)
+                for name, expected in zip(found, module(for_model), strict=True):
+                    actual = found[name].float().numpy()
+                    source = tuple(for_model.shape)
+                    checks.append(_judge(kind, source, name, [expected.detach()], [actual], rtol, atol))
     return VerificationReport(
         checks=tuple(checks),
         rtol=rtol,
@@ -266,18 +272,6 @@ def verify_engine(
         seed=seed,
         seconds=time.perf_counter() - started,
     )
-
-
-class _Session:
-    """An engine in the manner of an ONNX Runtime session."""
-
-    def __init__(self, engine: Engine):
-        self._engine = engine
-
-    def run(self, names: None, feeds: Mapping[str, Any]) -> list[Any]:
-        """Outputs as float32 arrays, in the engine's order, for the one input."""
-        (images,) = feeds.values()
-        return [value.float().numpy() for value in self._engine.run(torch.from_numpy(images)).values()]
 
 
 def _report_beside(path: Path) -> dict[str, Any]:

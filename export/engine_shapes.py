@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ExportError
-from .graph import TensorInfo, summarize, walk
+from .external import is_large, write_pair
+from .graph import TensorInfo, summarize
 
 if TYPE_CHECKING:
     import onnx
@@ -27,8 +27,6 @@ _PLACES = {
     "uint8": {"batch": 0, "height": 1, "width": 2},
 }
 """Places of the axes by the input's type: images (B, C, H, W), or pixels (B, H, W, C)."""
-_ONE_FILE = 2**31 - 2**24
-_FLOATS = {1: "float32", 10: "float16", 16: "bfloat16"}
 
 
 def triple(batch: int | Sequence[int]) -> Triple:
@@ -108,20 +106,6 @@ def image_input(model: onnx.ModelProto) -> TensorInfo:
     return info
 
 
-def precision(model: onnx.ModelProto) -> str:
-    """What most of the file's weights are: 'float32', 'float16' or 'bfloat16'; 'int8' for a quantised file."""
-    if any(node.op_type == "QuantizeLinear" for node in walk(model.graph)):
-        return "int8"
-    counts: Counter[str] = Counter()
-    for tensor in model.graph.initializer:
-        if tensor.data_type in _FLOATS:
-            size = 1
-            for n in tensor.dims:
-                size *= n
-            counts[_FLOATS[tensor.data_type]] += size
-    return counts.most_common(1)[0][0] if counts else "float32"
-
-
 def profile_of(
     model: onnx.ModelProto,
     info: TensorInfo,
@@ -183,6 +167,8 @@ def save(model: onnx.ModelProto, path: Path) -> Path:
     """Write the model, with its weights beside it where one file doesn't hold them."""
     import onnx
 
-    weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    onnx.save(model, path, save_as_external_data=weights > _ONE_FILE, location=f"{path.name}.data")
+    if is_large(model):
+        write_pair(model, path)
+    else:
+        onnx.save(model, path)
     return path

@@ -37,6 +37,12 @@ def check_target(path: str | os.PathLike[str], suffix: str) -> Path:
     return target
 
 
+def keep_permissions(target: Path, scratch: Path) -> None:
+    """Give `scratch`, which is to replace `target`, the permissions of the file that is there, if one is."""
+    with contextlib.suppress(FileNotFoundError):
+        os.chmod(scratch, stat.S_IMODE(os.stat(target).st_mode))
+
+
 def write_atomically(target: Path, data: bytes) -> None:
     """Write `data` beside `target`, then rename: whoever opens `target` sees the old file or the whole new one.
 
@@ -46,8 +52,7 @@ def write_atomically(target: Path, data: bytes) -> None:
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(scratch, "xb") as file:
-            with contextlib.suppress(FileNotFoundError):  # a replaced file keeps its permissions
-                os.chmod(scratch, stat.S_IMODE(os.stat(target).st_mode))
+            keep_permissions(target, scratch)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

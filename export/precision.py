@@ -17,7 +17,7 @@ A value is cast at most once to each type, next to where it is first needed, and
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     import onnx
 
 DTYPES = ("float32", "float16", "bfloat16")
-FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # onnx.TensorProto's numbers
+FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto's numbers
+FLOATS = (FLOAT, FLOAT16, DOUBLE, BFLOAT16)
 _NUMBERS = {"float16": FLOAT16, "bfloat16": BFLOAT16}
+_SMALL = (2, 3, 9)  # uint8, int8, bool: each has a number in every float type
 _ROOM = {FLOAT16: 65504.0, BFLOAT16: 3.3895e38}
 """The largest finite number of each type."""
 
@@ -50,6 +52,7 @@ MOVES = frozenset((
     "ReverseSequence", "Dropout", "Trilu",
 ))  # fmt: skip
 """Operators whose results are numbers of their inputs."""
+_OF_SIZES = frozenset(("Floor", "Ceil", "Round", "ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin"))
 _SIZES = frozenset(("Shape", "Size"))
 
 
@@ -160,6 +163,13 @@ def _tensor(source: onnx.TensorProto, name: str, number: int) -> onnx.TensorProt
     )
 
 
+def chooses(node: onnx.NodeProto, types: Mapping[str, int]) -> bool:
+    """Whether a node makes indices or truth values of numbers."""
+    if node.op_type in _SIZES or not any(types.get(name) in FLOATS for name in node.input):
+        return False
+    return any(name and types.get(name, FLOAT) not in FLOATS for name in node.output)
+
+
 def captured(node: onnx.NodeProto) -> set[str]:
     """Names that a node's branches or body read."""
     from .graph import walk
@@ -215,12 +225,6 @@ class _Plan:
         found = {i for name in self.floats(node.output) for i in self.readers[name]}
         return sorted(i for i in found if self.nodes[i].op_type not in _SIZES)
 
-    def chooses(self, node: onnx.NodeProto) -> bool:
-        """Whether a node makes indices or truth values of numbers."""
-        if node.op_type in _SIZES or not self.floats(node.input):
-            return False
-        return any(name and self.types[name] != FLOAT for name in node.output)
-
     def _decide(self) -> None:
         self.wide = {i for i, node in enumerate(self.nodes) if self._must_be_wide(node)}
         self.wide |= self._for_choices() | self._from_whole_numbers()
@@ -232,7 +236,7 @@ class _Plan:
         if not self.floats([*node.input, *node.output]):
             return False
         standard = node.domain in STANDARD_DOMAINS
-        if captured(node) or self.chooses(node):
+        if captured(node) or chooses(node, self.types):
             return True
         if not standard:
             return (node.domain, node.op_type) not in self.functions
@@ -277,7 +281,7 @@ class _Plan:
         for i in reversed(range(len(self.nodes))):
             node = self.nodes[i]
             users = self.users(node)
-            if self.chooses(node):
+            if chooses(node, self.types):
                 results = [name for name in node.output if name and self.types[name] != FLOAT]
                 if matters & set(results):
                     chosen.add(i)
@@ -302,11 +306,7 @@ class _Plan:
                 if born:
                     found.add(i)
                     exact.update(results)
-            elif (
-                inputs
-                and inputs <= exact
-                and node.op_type in _ELEMENTWISE | MOVES | {"Floor", "Ceil", "Round"}
-            ):
+            elif inputs and inputs <= exact and node.op_type in _ELEMENTWISE | MOVES | _OF_SIZES:
                 found.add(i)
                 exact.update(results)
             elif inputs & exact and node.op_type in _ELEMENTWISE:
@@ -368,6 +368,7 @@ class _Writer:
         del result.graph.node[:]
         for i, node in enumerate(self.plan.nodes):
             self._write_node(node, FLOAT if i in self.plan.wide else self.plan.number)
+        self._drop_unread()
         result.graph.node.extend(self.written)
         for tensor in self.source.graph.initializer:
             for number, name in self.weights.get(tensor.name, {tensor.data_type: tensor.name}).items():
@@ -381,6 +382,14 @@ class _Writer:
             if value.name not in self.plan.constants:
                 result.graph.value_info.append(value)
         return result
+
+    def _drop_unread(self) -> None:
+        """Leave out casts whose only readers read the whole numbers themselves now."""
+        read = {name for node in self.written for name in {*node.input, *captured(node)}} | self.plan.outputs
+        unread = {
+            i for i, node in enumerate(self.written) if node.op_type == "Cast" and node.output[0] not in read
+        }
+        self.written = [node for i, node in enumerate(self.written) if i not in unread]
 
     def _write_node(self, node: onnx.NodeProto, number: int) -> None:
         import onnx
@@ -418,9 +427,17 @@ class _Writer:
             return name
         if (name, number) not in self.casts:
             target = self._fresh(f"{name}/{'float32' if number == FLOAT else self.suffix}")
-            self._cast(name, target, number)
+            self._cast(self._whole(name), target, number)
             self.casts[name, number] = target
         return self.casts[name, number]
+
+    def _whole(self, name: str) -> str:
+        """What a value was cast from, where that is small whole numbers: they are cast to any type at once."""
+        producer = self.plan.producer.get(name)
+        node = None if producer is None else self.plan.nodes[producer]
+        if node is not None and node.op_type == "Cast" and self.plan.types.get(node.input[0]) in _SMALL:
+            return str(node.input[0])
+        return name
 
     def _anywhere(self, name: str) -> str:
         if name in self.plan.constants:

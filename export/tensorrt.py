@@ -30,7 +30,6 @@ from .engine_shapes import (
     Triple,
     fix_shape,
     image_input,
-    precision,
     profile_of,
     read_onnx,
     save,
@@ -38,17 +37,15 @@ from .engine_shapes import (
     triple,
 )
 from .files import check_target
-from .graph import summarize
+from .graph import precision_of, summarize, walk
 from .images import Preprocessing
 from .onnx import to_onnx
 from .precision import check_dtype, convert_precision
 from .traps import attentions, traps
+from .verify import TOLERANCES
 
 if TYPE_CHECKING:
     import onnx
-
-TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "int8": 2e-1}
-"""Largest error of an engine, relative to the module's largest output, by precision."""
 
 Images = Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
 
@@ -72,7 +69,7 @@ def to_tensorrt(
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     verify: bool = True,
     rtol: float | None = None,
-    atol: float = 1e-6,
+    atol: float | None = None,
     seed: int = 0,
     export: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -101,7 +98,7 @@ def to_tensorrt(
         model: the module that an ONNX file was made from, to compare the engine with where there is a GPU.
         images, preprocessing: of the comparison, see `verify_onnx`.
         verify: verify the ONNX file that a module becomes, and the engine where there is a GPU.
-        rtol, atol: tolerances of the engine's comparison; default of `rtol`: `TOLERANCES`.
+        rtol, atol: tolerances of the engine's comparison; default: `vitrail.export.TOLERANCES`.
         seed: of the noise in comparisons.
         export: further arguments of `to_onnx`, for a module.
         progress: called with a line of text before each step.
@@ -135,7 +132,8 @@ def to_tensorrt(
         started = time.perf_counter()
         if isinstance(source, nn.Module):
             model = source if model is None else model
-            given = {"images": images, "preprocessing": preprocessing, "verify": verify, "seed": seed}
+            given = {"dtype": dtype or "float32", "images": images, "preprocessing": preprocessing}
+            given |= {"verify": verify, "seed": seed}
             options = {**given, **(export or {})}
             proto = _exported(source, Path(folder), span, spread is not None, options, say)
         elif export:
@@ -154,6 +152,7 @@ def to_tensorrt(
         with together([target, target.with_name(f"{target.name}.json")]) as (engine, beside):
             say(f"building the engine with {builder.name}")
             answer = builder.build(
+                _names_by_type(proto),
                 onnx=os.fspath(onnx_file),
                 engine=os.fspath(engine),
                 profile={info.name: profile} if profile[0] != profile[-1] else {},
@@ -175,7 +174,8 @@ def to_tensorrt(
                 **_facts_of_engine(engine, answer),
             )
             if torch.cuda.is_available():
-                tolerances = (TOLERANCES[report.dtype] if rtol is None else rtol, atol)
+                usual = TOLERANCES[report.dtype]
+                tolerances = usual[0] if rtol is None else rtol, usual[1] if atol is None else atol
                 compared = model if verify else None
                 report = _tried(
                     report, engine, library, compared, images, preprocessing, tolerances, seed, say
@@ -205,7 +205,7 @@ def _converted(proto: onnx.ModelProto, dtype: str | None, say: Callable[[str], N
     Raises:
         ValueError: it is in another precision than float32 already.
     """
-    present = precision(proto)
+    present = precision_of(proto)
     if dtype is None or dtype == present:
         return proto
     if present != "float32":
@@ -214,6 +214,13 @@ def _converted(proto: onnx.ModelProto, dtype: str | None, say: Callable[[str], N
         )
     say(f"converting to {dtype}")
     return convert_precision(proto, dtype)
+
+
+def _names_by_type(proto: onnx.ModelProto) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for node in walk(proto.graph):
+        names.setdefault(node.op_type, []).append(node.name)
+    return names
 
 
 def _cores() -> int:
@@ -226,7 +233,7 @@ def _facts_of_file(proto: onnx.ModelProto, source: object) -> dict[str, Any]:
     fallback = type(source).__name__ if isinstance(source, nn.Module) else Path(str(source)).name
     return {
         "model": meta.get("model", fallback),
-        "dtype": precision(proto),
+        "dtype": precision_of(proto),
         "inputs": summary.inputs,
         "outputs": summary.outputs,
         "attentions": attentions(proto.graph),

@@ -3,9 +3,14 @@
 Errors are judged by the largest magnitude that the model itself puts out: an output passes where
 `max |file - model| <= atol + rtol * max |model|`, over each batch that is tried, with float32 defaults of 1e-6
 and 1e-4. (Graphs of the same float32 arithmetic in another order differ by 1e-7 to 1e-6 of that magnitude; a
-wrong graph by 1e-2 and more.) Nothing widens the tolerance by itself. Models that *choose* (top-k routing,
-token selection) can differ by more where two candidates tie to within rounding: such a flip shows up as a measured
-error and fails, and it is for the caller to look at it and to raise `rtol`, or not.
+wrong graph by 1e-2 and more.) Files in half precision have tolerances of their own (`TOLERANCES`). Nothing widens a
+tolerance by itself. Models that *choose* (top-k routing, token selection) can differ by more where two candidates tie
+to within rounding: such a flip shows up as a measured error and fails, and it is for the caller to look at it and to
+raise `rtol`, or not.
+
+Half precision flips such choices often, so there a file that fails is run again with the choices of the float32 file
+that it was made from, where that is given. It passes if all else agrees: the outputs, and the scores that the file
+itself would have chosen by. The report then says how many choices differ, and how far that takes the outputs.
 """
 
 from __future__ import annotations
@@ -14,23 +19,22 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Outputs, evaluation, prepared
+from .capture import Outputs, evaluation, form_of, prepared
 from .errors import ExportError, VerificationError
-from .graph import TensorInfo, summarize
+from .graph import TensorInfo, precision_of
 from .images import Preprocessing, find_images, load_image
+from .runs import Reference, Run, interface, load, open_runs, runtime_name
 
-if TYPE_CHECKING:
-    import onnxruntime
-
-RTOL, ATOL = 1e-4, 1e-6
+TOLERANCES = {"float32": (1e-4, 1e-6), "float16": (1e-2, 1e-6), "bfloat16": (8e-2, 1e-6)}
+"""rtol and atol by the precision of the file."""
 BATCHES = (1, 3)
 """Batch sizes tried where the batch is dynamic. The graph is traced at 2, so that neither is the traced one."""
 
@@ -44,6 +48,7 @@ class Check:
     `max_relative` is the largest error over the largest magnitude of the model's output. `top1` is
     how many images get the same class from both, None for outputs that are not class scores; it is reported and
     not judged, since within tolerance only a tie can change a class. `failure` says what is wrong, "" if nothing.
+    Where the file ran with the choices of its float32 original, `flipped` of `choices` would have been other ones.
     """
 
     source: str
@@ -56,6 +61,8 @@ class Check:
     cosine: float
     top1: int | None
     failure: str
+    flipped: int | None = None
+    choices: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -141,25 +148,29 @@ def verify_onnx(
     img_size: int | tuple[int, int] | None = None,
     images: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
-    rtol: float = RTOL,
-    atol: float = ATOL,
+    rtol: float | None = None,
+    atol: float | None = None,
     seed: int = 0,
+    original: str | os.PathLike[str] | bytes | None = None,
     progress: Progress | None = None,
 ) -> VerificationReport:
     """Compare an ONNX file with the module that it claims to be.
 
     ONNX Runtime's CPU provider (as many threads as torch, not spinning) runs against the module in eager mode:
     photos, prepared as the model wants them, and seeded noise; at two batch sizes where the file's batch is dynamic
-    and at two image sizes where its height or width is.
+    and at two image sizes where its height or width is. A file that takes uint8 pixels gets pixels. A file in half
+    precision also runs as a copy that rounds where a GPU would; one in bfloat16, for which the provider has no
+    arithmetic, as that copy alone.
 
     Args:
-        path: the file, or its content.
-        model: the module, any mode; it is left as it was.
+        path: the file, or its content. Weights in a file of their own are found beside it.
+        model: the module, any mode, in float32; it is left as it was.
         img_size: height and width to try where the file leaves them open; default: the model's own, else 224.
         images: photos (files, folders); default: scikit-learn's two.
         preprocessing: overrides of what the model's `pretrained_cfg` says; see `Preprocessing`.
-        rtol, atol: tolerances, see the module's text.
+        rtol, atol: tolerances, see the module's text; default: `TOLERANCES` of the file's precision.
         seed: of the noise.
+        original: the float32 file that a file in half precision was made from, or its content; see the module's text.
         progress: called with a line of text before each step.
 
     Returns:
@@ -172,46 +183,70 @@ def verify_onnx(
     """
     started = time.perf_counter()
     say = progress or (lambda text: None)
-    content = path if isinstance(path, bytes) else Path(path).read_bytes()
+    source = path if isinstance(path, bytes) else Path(path)
     photos = find_images(images)
     prepare = Preprocessing.of(model, preprocessing)
     model = prepared(model)
     say("loading the file into ONNX Runtime")
-    session = open_session(content)
-    image_input, outputs, meta = _interface(content)
-    channels = image_input.shape[1]
+    runs, notes = open_runs(source)
+    graph = load(source, weights=False)
+    image_input, outputs, meta = interface(graph)
+    usual = TOLERANCES[precision_of(graph)]
+    rtol, atol = usual[0] if rtol is None else rtol, usual[1] if atol is None else atol
+    reference = (
+        None
+        if original is None
+        else Reference(load(original if isinstance(original, bytes) else Path(original)))
+    )
+    takes_pixels = image_input.dtype == "uint8"
+    shape = [image_input.shape[i] for i in ((0, 3, 1, 2) if takes_pixels else (0, 1, 2, 3))]
+    channels = shape[1]
     if not isinstance(channels, int):
         raise ExportError(f"the file's input {image_input} has an open number of channels")
-    batches = BATCHES if isinstance(image_input.shape[0], str) else (int(image_input.shape[0]),)
-    sizes = _sizes(image_input, default_size(model, img_size), meta)
-    module = Outputs(model, features=outputs[0].name == "stage0")
+    batches = BATCHES if isinstance(shape[0], str) else (int(shape[0]),)
+    sizes = _sizes(shape[2:], default_size(model, img_size), meta)
+    module = Outputs(model, form_of([output.name for output in outputs]))
     loaded = [load_image(photo) for photo in photos]
+    judge = _Judge(module, outputs, rtol, atol, reference)
 
     checks: list[Check] = []
     with evaluation(module):
         sizes += _small(module, sizes[0], channels, batches[-1], meta)
         steps = [(size, batch) for size in sizes for batch in (batches if size == sizes[0] else batches[-1:])]
         for size, batch in steps:
-            for source in ("photos", "noise"):
-                say(f"comparing on {source}, {batch} x {channels} x {size[0]} x {size[1]}")
-                if source == "photos":
+            for kind in ("photos", "noise"):
+                say(f"comparing on {kind}, {batch} x {channels} x {size[0]} x {size[1]}")
+                if kind == "photos":
                     many = max(1, -(-len(loaded) // batch)) * batch
-                    stack = torch.stack([prepare(p, size, channels) for p in islice(cycle(loaded), many)])
+                    stack = torch.stack(
+                        [prepare.pixels(p, size, channels) for p in islice(cycle(loaded), many)]
+                    )
+                elif takes_pixels:
+                    stack = pixel_noise(batch, channels, *size, seed=seed + batch)
                 else:
                     stack = noise(batch, channels, *size, seed=seed + batch)
-                checks += _compare(session, module, image_input, outputs, stack, batch, source, rtol, atol)
-        notes = _notes(module, checks, channels, sizes[0], batches[0])
+                for_model = stack if stack.is_floating_point() else prepare.normalise(stack)
+                for_file = stack.permute(0, 2, 3, 1).contiguous() if takes_pixels else for_model
+                checks += judge(runs, for_model, for_file, batch, kind)
+        notes += judge.notes
+        notes += _notes(module, checks, channels, sizes[0], batches[0])
     return VerificationReport(
         checks=tuple(checks),
         rtol=rtol,
         atol=atol,
         images=tuple(photo.name for photo in photos),
         preprocessing=prepare,
-        runtime=_runtime_name(),
+        runtime=runtime_name(),
         seed=seed,
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+def pixel_noise(*shape: int, seed: int) -> Tensor:
+    """Seeded uint8 noise, each value as likely as another."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device="cpu")
 
 
 def noise(*shape: int, seed: int) -> Tensor:
@@ -239,46 +274,12 @@ def default_size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tu
     return pair[0], pair[1]
 
 
-def open_session(content: bytes) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU with torch's number of threads, which do not spin while they wait."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    # Spinning workers would slow down torch, which runs in between.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's exceptions have no common base
-        raise ExportError(f"ONNX Runtime can't load the file: {error}") from error
-
-
-def _runtime_name() -> str:
-    import onnxruntime
-
-    return f"onnxruntime {onnxruntime.__version__} CPU, {torch.get_num_threads()} threads"
-
-
-def _interface(content: bytes) -> tuple[TensorInfo, tuple[TensorInfo, ...], dict[str, str]]:
-    """The file's image input, its outputs, and its metadata."""
-    import onnx
-
-    proto = onnx.load_from_string(content)
-    summary = summarize(proto)
-    if len(summary.inputs) != 1 or len(summary.inputs[0].shape) != 4:
-        raise ExportError(
-            f"expected a file with one (B, C, H, W) input, got {', '.join(map(str, summary.inputs))}"
-        )
-    meta = {entry.key: entry.value for entry in proto.metadata_props}
-    return summary.inputs[0], summary.outputs, meta
-
-
-def _sizes(info: TensorInfo, wanted: tuple[int, int], meta: Mapping[str, str]) -> list[tuple[int, int]]:
+def _sizes(
+    sides: Sequence[int | str], wanted: tuple[int, int], meta: Mapping[str, str]
+) -> list[tuple[int, int]]:
     """Image sizes to try: the wanted one, and where an axis is open a second one that is odd if it may be."""
     first, second = [], []
-    for axis, size, want, shift in zip(("height", "width"), info.shape[2:], wanted, (37, -13), strict=True):
+    for axis, size, want, shift in zip(("height", "width"), sides, wanted, (37, -13), strict=True):
         if isinstance(size, int):
             first.append(size)
             second.append(size)
@@ -307,40 +308,111 @@ def _small(
     return [(size[0], size[1])] if tuple(size) != usual else []
 
 
-def _compare(
-    session: onnxruntime.InferenceSession,
-    module: Outputs,
-    image_input: TensorInfo,
-    outputs: Sequence[TensorInfo],
-    stack: Tensor,
-    batch: int,
-    source: str,
-    rtol: float,
-    atol: float,
-) -> list[Check]:
-    """Run both on `stack`, `batch` images at a time."""
-    shape = (batch, *stack.shape[1:])
+class _Judge:
+    """Compares what a file puts out with what the module does; `notes` gathers what is to be said of it."""
 
-    def failed(reason: str) -> list[Check]:
+    def __init__(
+        self,
+        module: Outputs,
+        outputs: Sequence[TensorInfo],
+        rtol: float,
+        atol: float,
+        reference: Reference | None,
+    ):
+        self.module, self.outputs = module, outputs
+        self.tolerance = rtol, atol
+        self.reference = reference if reference is not None and reference.choices else None
+        self.notes: list[str] = []
+
+    def __call__(
+        self, runs: Sequence[Run], for_model: Tensor, for_file: Tensor, batch: int, kind: str
+    ) -> list[Check]:
+        """Rows for a stack of images, as the module and as the file takes them, `batch` at a time."""
+        shape = (batch, *for_model.shape[1:])
+        expected = []
+        for images in for_model.split(batch):
+            try:
+                expected.append([value.detach() for value in self.module(images)])
+            except Exception as error:
+                reason = f"the model itself refuses this size, which the file claims to take: {error}"
+                return self._failed(kind, shape, len(for_model), reason)
+        checks = []
+        for run in runs:
+            rows = self._rows(run, expected, for_file, shape, kind + run.label)
+            held = None
+            if self.reference and not all(row.passed for row in rows):
+                held = self._held_rows(run, rows, expected, for_file, shape, kind + run.label)
+            checks += held or rows
+        return checks
+
+    def _failed(self, source: str, shape: tuple[int, ...], count: int, reason: str) -> list[Check]:
         nan = float("nan")
-        return [Check(source, shape, o.name, len(stack), nan, nan, nan, nan, None, reason) for o in outputs]
+        return [Check(source, shape, o.name, count, nan, nan, nan, nan, None, reason) for o in self.outputs]
 
-    expected, actual = [], []
-    for images in stack.split(batch):
+    def _rows(
+        self,
+        run: Run,
+        expected: Sequence[Sequence[Tensor]],
+        images: Tensor,
+        shape: tuple[int, ...],
+        source: str,
+    ) -> list[Check]:
+        actual = []
+        for some in images.split(shape[0]):
+            try:
+                actual.append(run(some))
+            except Exception as error:  # the runtime's exceptions have no common base
+                return self._failed(source, shape, len(images), f"ONNX Runtime fails: {error}")
+        if self.module.names != [output.name for output in self.outputs]:
+            reason = f"the model's outputs are {self.module.names}"
+            return self._failed(source, shape, len(images), reason)
+        return self._judged(source, shape, expected, actual)
+
+    def _judged(
+        self, source: str, shape: tuple[int, ...], expected: Sequence[Sequence[Tensor]], actual: Sequence[Any]
+    ) -> list[Check]:
+        return [
+            _judge(
+                source, shape, output.name, [e[i] for e in expected], [a[i] for a in actual], *self.tolerance
+            )
+            for i, output in enumerate(self.outputs)
+        ]
+
+    def _held_rows(
+        self,
+        run: Run,
+        free: Sequence[Check],
+        expected: Sequence[Sequence[Tensor]],
+        images: Tensor,
+        shape: tuple[int, ...],
+        source: str,
+    ) -> list[Check] | None:
+        """The rows when the file runs with the choices of its original; None where it chooses as that does."""
+        assert self.reference is not None
         try:
-            expected.append([value.detach() for value in module(images)])
-        except Exception as error:
-            return failed(f"the model itself refuses this size, which the file claims to take: {error}")
-        try:
-            actual.append(session.run(None, {image_input.name: images.numpy()}))
-        except Exception as error:  # the runtime's exceptions have no common base
-            return failed(f"ONNX Runtime fails: {error}")
-    if module.names != [output.name for output in outputs]:
-        return failed(f"the model's outputs are {module.names}")
-    return [
-        _judge(source, shape, outputs[i].name, [e[i] for e in expected], [a[i] for a in actual], rtol, atol)
-        for i in range(len(outputs))
-    ]
+            held = [run.held_to(self.reference, some) for some in images.split(shape[0])]
+        except Exception:  # it can't be run so; the rows stand as they are
+            return None
+        differ, count = sum(h.flipped for h in held), sum(h.choices for h in held)
+        if not differ:
+            return None
+        source += ", choices of float32"
+        rows = self._judged(source, shape, expected, [h.outputs for h in held])
+        for h in held:
+            for theirs, ours in h.scores:
+                # masks are infinite in both
+                pair = [torch.from_numpy(x).nan_to_num(0.0, 0.0, 0.0) for x in (theirs, ours)]
+                scores = _judge(source, shape, "scores", pair[:1], [pair[1].numpy()], *self.tolerance)
+                if not scores.passed:
+                    reason = f"the scores it would choose by differ: {scores.failure}"
+                    rows = [replace(row, failure=row.failure or reason) for row in rows]
+                    break
+        worst = max((row.max_relative for row in free), key=lambda x: (x != x, x))
+        self.notes.append(
+            f"{source}: {differ} of {count} choices ({differ / count:.2%}) are other ones in this precision; with "
+            f"its own the file is off by up to {worst:.2g} of the largest value"
+        )
+        return [replace(row, flipped=differ, choices=count) for row in rows]
 
 
 def _judge(

@@ -5,6 +5,7 @@ stored.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import log
 from typing import Any, Optional
 
@@ -79,7 +80,8 @@ def _one_after_the_other(
 def reference(*args: Any) -> Tensor:
     """The definition in plain PyTorch; differentiable, traceable, and the body that export uses."""
     wide = (x.to(wide_dtype(x)) for x in args[:3])
-    out = _one_after_the_other(choose_by_definition, attend_by_definition, *wide, *args[3:])
+    attend = partial(attend_by_definition, distinct=True)
+    out = _one_after_the_other(choose_by_definition, attend, *wide, *args[3:])
     return out.to(args[0].dtype)
 
 

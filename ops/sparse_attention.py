@@ -24,18 +24,38 @@ def _scores(
     return scores.masked_fill(empty, -torch.inf), empty, slots
 
 
-def _mix(attention: Tensor, empty: Tensor, slots: Tensor, v: Tensor, num_heads: int, like: Tensor) -> Tensor:
+def _mix(
+    attention: Tensor,
+    empty: Tensor,
+    slots: Tensor,
+    v: Tensor,
+    num_heads: int,
+    like: Tensor,
+    distinct: bool = False,
+) -> Tensor:
     """The values of the listed keys, weighted; `(B, queries, Cv)`."""
     values = split_heads(v.to(attention.dtype), num_heads)
     attention = attention.masked_fill(empty, 0)  # the softmax of nothing is not a number
-    spread = attention.new_zeros(*attention.shape[:3], v.shape[1]).scatter_add(-1, slots, attention)
+    shape, count = attention.shape[:3], v.shape[1]
+    if distinct:  # empty slots go to a column of their own, so that nothing has to be added up
+        spread = attention.new_zeros(*shape, count + 1).scatter(
+            -1, slots.masked_fill(empty, count), attention
+        )
+        spread = spread[..., :count]
+    else:
+        spread = attention.new_zeros(*shape, count).scatter_add(-1, slots, attention)
     return join_heads(spread @ values).to(like.dtype)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, num_heads: int, scale: float) -> Tensor:
-    """The definition in plain PyTorch; differentiable, traceable, and the body that export uses."""
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, num_heads: int, scale: float, distinct: bool = False
+) -> Tensor:
+    """The definition in plain PyTorch; differentiable, traceable, and the body that export uses.
+
+    `distinct` says that no list names a key twice: not every runtime can scatter and add.
+    """
     scores, empty, slots = _scores(q, k, keys, num_heads, scale)
-    return _mix(scores.softmax(-1), empty, slots, v, num_heads, q)
+    return _mix(scores.softmax(-1), empty, slots, v, num_heads, q, distinct)
 
 
 def _forward(q, k, v, keys, num_heads, scale):

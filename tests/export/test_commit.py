@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,9 +48,14 @@ def test_replaced_files_keep_their_permissions(tmp_path):
 )
 def test_a_failure_while_they_are_written_changes_nothing(folder, error):
     before = content(folder)
-    with pytest.raises(type(error)), together([folder / name for name in NEW]) as scratch:
-        scratch[0].write_bytes(b"half")
-        raise error
+
+    def interrupted():
+        with together([folder / name for name in NEW]) as scratch:
+            scratch[0].write_bytes(b"half")
+            raise error
+
+    with pytest.raises(type(error)):
+        interrupted()
     assert content(folder) == before
 
 
@@ -67,8 +73,8 @@ def test_a_failure_before_they_count_changes_nothing(folder, monkeypatch, step):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, step, fail)
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space"):
         write(folder)
     assert content(folder) == before
 
@@ -101,7 +107,7 @@ def killed(tmp_path_factory):
     package = tmp_path_factory.mktemp("package") / "vitrail" / "export"
     package.mkdir(parents=True)
     source = finish.__code__.co_filename
-    (package / "commit.py").write_bytes(open(source, "rb").read())
+    shutil.copy(source, package)
 
     def run(step, at, folder):
         command = [sys.executable, "-c", KILLED, step, str(at), str(folder)]

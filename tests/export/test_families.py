@@ -36,7 +36,7 @@ def test_the_file_computes_the_same_for_any_batch_with_standard_operators(name, 
 @pytest.mark.parametrize("name", PICOS)
 def test_the_feature_pyramid_comes_as_named_maps(name, tmp_path):
     model = create(name, num_classes=0)
-    report = to_onnx(model, tmp_path / "m.onnx", features=True)
+    report = to_onnx(model, tmp_path / "m.onnx", form="features")
     with torch.no_grad():
         maps = model.forward_intermediates(torch.zeros(1, 3, 32, 32), intermediates_only=True)
     assert [value.name for value in report.outputs] == [f"stage{i}" for i in range(len(maps))]

@@ -28,10 +28,18 @@ examples:
 """
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_DTYPES |= {name: name for name in _DTYPES.values()}
+_FORMS = ("classifier", "features", "pre_logits")
 
 
 def _source(text: str) -> str:
-    return existing_file(text) if Path(text).suffix.lower() == ".onnx" else model_name(text)
+    if Path(text).suffix.lower() == ".onnx":
+        return existing_file(text)
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither a model nor an ONNX file, whose name ends in .onnx"
+        )
+    return model_name(text)
 
 
 def _batch(text: str) -> Any:
@@ -81,7 +89,10 @@ def add(formats: Any, common: argparse.ArgumentParser) -> None:
         "output", metavar="OUT", type=new_file(".engine"), help="file to write, ends in .engine"
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="precision inside (default: that of the file, fp32 for a model)"
+        "--dtype",
+        choices=_DTYPES,
+        metavar="fp32|fp16|bf16",
+        help="precision inside (default: that of the file, fp32 for a model)",
     )
     parser.add_argument(
         "--batch",
@@ -128,11 +139,14 @@ def add(formats: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="that build (default: all)")
     group = parser.add_argument_group("a model only")
-    add_image_size(group)  # type: ignore[arg-type]
-    add_operators(group)  # type: ignore[arg-type]
+    add_image_size(group)
+    add_operators(group)
     group.add_argument("--num-classes", type=at_least(0), metavar="N", help="classes, 0 for pooled features")
     group.add_argument("--checkpoint", type=existing_file, metavar="FILE", help="weights (default: random)")
-    group.add_argument("--features", action="store_true", help="the feature pyramid instead of class scores")
+    group.add_argument(
+        "--form", choices=_FORMS, help="what comes out, see `vitrail export onnx` (default: classifier)"
+    )
+    group.add_argument("--preprocess", action="store_true", help="take pixels, uint8 (B, H, W, C)")
     group.add_argument(
         "--no-verify", dest="verify", action="store_false", help="compare nothing with the model"
     )
@@ -199,7 +213,7 @@ def _model(args: argparse.Namespace, say: Any) -> Any:
     """The model, and what `to_onnx` should know of it."""
     import torch
 
-    from ..catalog import create_model
+    from ..catalog import create_model, family_of
     from ..zoo.inference import standard_form
 
     say(f"creating {args.source}")
@@ -208,8 +222,9 @@ def _model(args: argparse.Namespace, say: Any) -> Any:
     weights = Path(args.checkpoint).name if args.checkpoint else f"random, seed {args.seed}"
     return model, {
         "img_size": args.img_size,
-        "features": args.features,
-        "metadata": {"weights": weights},
+        "form": args.form or "classifier",
+        "preprocess": args.preprocess,
+        "metadata": {"weights": weights, "family": family_of(args.source) or "timm"},
         "rewrite": standard_form,
         "operators": args.operators,
     }
@@ -236,7 +251,8 @@ def _only_for_models(args: argparse.Namespace) -> None:
         "--img-size": args.img_size,
         "--num-classes": args.num_classes,
         "--checkpoint": args.checkpoint,
-        "--features": args.features,
+        "--form": args.form,
+        "--preprocess": args.preprocess,
         "--tolerance": args.tolerance,
         "--operators": args.operators != "standard",
     }
