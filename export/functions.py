@@ -51,6 +51,7 @@ MOST_VARIANTS = 32
 
 _SAME = "same"  # a node that gives its input a shape that is written in the sizes of another
 
+
 def has_nodes(path: str | os.PathLike[str]) -> bool:
     """Whether an ONNX file has nodes that plugins can take; False where it can't be read as one."""
     import onnx
@@ -71,7 +72,7 @@ class Dim:
     """A size of a tensor: a number, or which open size it is.
 
     `kind` is `number` (`value`), `first` (that of the first tensor at `axis`), `regions` (how many of the size
-    `setting` cover the first tensor's grid), `own` (open, and like no other); of a setting `pieces` (`value` of it cover
+    `setting` cover its grid), `own` (open, and like no other); of a setting `pieces` (`value` of it cover
     the first tensor's grid along `axis`) or `most` (`value`, or the number of regions where that is smaller).
     """
 
@@ -124,7 +125,7 @@ class Variant:
 
 
 def _attribute(value: Any) -> Any:
-    """Numbers as they are; one that follows from the grid as the negative number of pieces, or the negative limit."""
+    """Numbers as they are; one that follows from the grid as its negative number of pieces, or negative limit."""
     if isinstance(value, tuple):
         return [_attribute(item) for item in value]
     if isinstance(value, Dim):

@@ -164,7 +164,7 @@ def _readable(expression: str, symbols: Mapping[str, str]) -> str:
 
 
 def check(model: onnx.ModelProto, opset: int) -> None:
-    """Raise `ExportError` unless `model` is valid ONNX of standard operators, and functions made of them, at `opset`."""
+    """Raise `ExportError` unless `model` is valid ONNX of standard operators, and functions of these, at `opset`."""
     import onnx
 
     functions = {(f.domain, f.name) for f in model.functions}

@@ -72,7 +72,9 @@ def is_replaced() -> bool:
     return _replacement is not None
 
 
-def replacement(name: str, definition: Callable[..., Any], fake: Callable[..., Any], args: Sequence[Any]) -> Optional[Tensor]:
+def replacement(
+    name: str, definition: Callable[..., Any], fake: Callable[..., Any], args: Sequence[Any]
+) -> Optional[Tensor]:
     """What stands for the result of a call inside `replaced`; None outside, where the operator is called."""
     if _replacement is None:
         return None

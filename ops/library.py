@@ -542,7 +542,9 @@ def plugin_library(archs: Sequence[str] = (), progress: Progress | None = None) 
     """
     named = _prebuilt(PLUGIN)
     if named is not None and not named.is_file():
-        raise BuildError(f"there is no library at {named}, which {PLUGIN.variable} names; correct or unset it")
+        raise BuildError(
+            f"there is no library at {named}, which {PLUGIN.variable} names; correct or unset it"
+        )
     commands = functools.partial(plugin_commands, archs=tuple(archs))
     return named or build(progress=progress, part=replace(PLUGIN, commands=commands))
 

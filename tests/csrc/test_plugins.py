@@ -22,6 +22,11 @@ pytestmark = pytest.mark.long
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """The library for the CPU has no part in this."""
+
+
 @pytest.fixture(scope="module")
 def plugins() -> Plugins:
     return Plugins(library.build(part=EMULATED_PLUGINS, progress=lambda *_: None))

@@ -70,10 +70,8 @@ class NodeCall:
         if self.operator == "semantic_attention":
             own = (b, 2 * regions[0], regions[1], c)
             patch = [-(-h // 2), -(-w // 2)]
-            return {
-                **{"q": own, "k": grid, "v": grid, "own_k": own, "own_v": own},
-                **{"window_size": regions, "patch_size": patch, **attention},
-            }
+            sizes = {"window_size": regions, "patch_size": patch}
+            return {**qkv, "q": own, "own_k": own, "own_v": own, **sizes, **attention}
         if self.operator == "sparse_attention":
             keys = (b, self.heads, h * w, min(self.topk, h * w))
             return {"q": tokens, "k": tokens, "v": tokens, "keys": keys, **attention}
@@ -186,9 +184,7 @@ def function_model(call: NodeCall, dtype: torch.dtype = torch.float32, opset: in
         onnx.helper.make_tensor_value_info(name, _FLOATS[x.dtype], [None] * x.dim())
         for name, x in zip(call.inputs, tensors, strict=True)
     ]
-    node = onnx.helper.make_node(
-        call.operator, call.inputs, ["result"], domain=DOMAIN, **variant.attributes
-    )
+    node = onnx.helper.make_node(call.operator, call.inputs, ["result"], domain=DOMAIN, **variant.attributes)
     out = onnx.helper.make_tensor_value_info("result", _FLOATS[result], None)
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "call", values, [out]),

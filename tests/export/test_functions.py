@@ -41,7 +41,9 @@ def run(model, *arrays):
 
 
 def operators_of(model):
-    return {node.op_type.rstrip("0123456789").rstrip("_") for node in model.graph.node if node.domain == DOMAIN}
+    return {
+        node.op_type.rstrip("0123456789").rstrip("_") for node in model.graph.node if node.domain == DOMAIN
+    }
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
@@ -214,7 +216,9 @@ def test_choices_are_made_in_float32(operator):
     call = NodeCall.example(operator)
     tensors = [x.float() if x.is_floating_point() else x for x in call.tensors(torch.float16)]
     single = run(function_model(call), *map(np.asarray, tensors))
-    halves = [x.half() for x in tensors[:2]] if operator == "region_route" else [tensors[0].half(), tensors[1]]
+    halves = (
+        [x.half() for x in tensors[:2]] if operator == "region_route" else [tensors[0].half(), tensors[1]]
+    )
     half = run(function_model(call, torch.float16), *map(np.asarray, halves))
     assert np.array_equal(np.sort(half, -1), np.sort(single, -1))
 

@@ -122,8 +122,8 @@ def add(formats: Any, common: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="libraries of TensorRT plugins (default: vitrail's own for a model with --operators fused, or for a file that "
-        "has such nodes; built first where that was not done)",
+        help="libraries of TensorRT plugins (default: vitrail's own for --operators fused, or for a file with such "
+        "nodes; built first where that was not done)",
     )
     parser.add_argument(
         "--tf32", action="store_true", help="let fp32 products round to TF32, which is faster"

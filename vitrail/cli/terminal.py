@@ -267,8 +267,8 @@ def add_operators(parser: argparse.ArgumentParser) -> None:
         "--operators",
         choices=("standard", "fused"),
         default="standard",
-        help="vitrail's operators as standard ones alone, or each as one node with its definition in the file, for which "
-        "TensorRT takes this project's kernels where they are plugins (default: %(default)s)",
+        help="vitrail's operators as standard ones alone, or each as one node with its definition in the file, for "
+        "which TensorRT takes this project's kernels as plugins (default: %(default)s)",
     )
 
 
