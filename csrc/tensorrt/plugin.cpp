@@ -119,6 +119,9 @@ class Node {
             Value& value = settings_[name];
             if (kind == Kind::kSizes) {
                 value.sizes = entries<int64_t>(field(name));
+                const bool divides = name != "shift";
+                if (divides && std::count(value.sizes.begin(), value.sizes.end(), 0))
+                    throw std::invalid_argument(name + " must be two numbers other than 0");
             } else if (field(name).length != 1) {
                 throw std::invalid_argument("attribute " + name + " must be one number");
             } else if (kind == Kind::kInteger) {

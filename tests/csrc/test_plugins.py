@@ -146,7 +146,8 @@ def test_the_function_in_a_file_computes_the_same(plugins, operator):
         ({"scale": "x"}, "attribute scale must be one number|attribute scale must hold numbers"),
         ({"num_heads": [1, 2]}, "attribute num_heads must be one number"),
         ({"num_heads": 3}, "configuration: .* q must have a positive multiple of num_heads = 3 channels"),
-        ({"region_size": [0, 1]}, "region_size must be two positive numbers"),
+        ({"region_size": [0, 1]}, "region_size must be two numbers other than 0"),
+        ({"kv_region_size": [1, 1, 1]}, "kv_region_size must be two positive numbers"),
         ({"region_size": [1, 1]}, r"routes must have shape \(B, regions of q, topk\)"),
     ],
 )  # fmt: skip

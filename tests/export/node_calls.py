@@ -125,7 +125,12 @@ class NodeCall:
             shape = list(arguments[name])
             if batched and batch is not None:
                 shape[0] = batch
-            if name in ("routes", "keys", "candidates"):
+            if name == "candidates":  # each once, so that no two keys are equal
+                rows = [
+                    torch.randperm(self.grid[1] * self.grid[2], generator=generator) for _ in range(shape[0])
+                ]
+                made.append(torch.stack(rows)[:, : shape[1]])
+            elif name in ("routes", "keys"):
                 least = -1 if name == "keys" else 0
                 limit = self._counts[0] * self._counts[1] if name == "routes" else self.grid[1] * self.grid[2]
                 made.append(torch.randint(least, limit, shape, generator=generator))
@@ -184,7 +189,8 @@ def function_model(call: NodeCall, dtype: torch.dtype = torch.float32, opset: in
         onnx.helper.make_tensor_value_info(name, _FLOATS[x.dtype], [None] * x.dim())
         for name, x in zip(call.inputs, tensors, strict=True)
     ]
-    node = onnx.helper.make_node(call.operator, call.inputs, ["result"], domain=DOMAIN, **variant.attributes)
+    node = onnx.helper.make_node(call.operator, call.inputs, ["result"], domain=DOMAIN)
+    node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in variant.attributes.items())
     out = onnx.helper.make_tensor_value_info("result", _FLOATS[result], None)
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "call", values, [out]),
