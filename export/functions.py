@@ -55,7 +55,7 @@ _SAME = "same"  # a node that gives its input a shape that is written in the siz
 def has_nodes(path: str | os.PathLike[str]) -> bool:
     """Whether an ONNX file has nodes that plugins can take; False where it can't be read as one."""
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load(path, load_external_data=False)
@@ -203,7 +203,8 @@ class Nodes:
 
 
 def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(hint)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -242,13 +243,13 @@ class _Unsayable(Exception):
 def _setting_of(value: Any, first: Tensor, given: dict[str, Any]) -> Any:
     from ..ops.regions import ceil_div, region_count
 
+    def size_of(size: Any, axis: int) -> Dim:
+        if not isinstance(size, torch.SymInt):
+            return Dim("number", int(size))
+        return _guess("pieces", size, lambda pieces: ceil_div(first.shape[axis], pieces), axis)
+
     if isinstance(value, (list, tuple)):
-        return tuple(
-            Dim("number", int(size))
-            if not isinstance(size, torch.SymInt)
-            else _guess("pieces", size, lambda n, axis=axis: ceil_div(first.shape[axis], n), axis)
-            for axis, size in enumerate(value, 1)
-        )
+        return tuple(size_of(size, axis) for axis, size in enumerate(value, 1))
     if isinstance(value, torch.SymInt) and "region_size" in given:
         return _guess("most", value, lambda n: torch.sym_min(n, region_count(first, given["region_size"])))
     if isinstance(value, torch.SymInt):
