@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import ExportError
+
+if TYPE_CHECKING:
+    from .functions import Nodes
 
 PLACES = {"batch": 0, "height": 2, "width": 3}
 """The axes that can be dynamic, and their places in the (B, C, H, W) input."""
@@ -219,17 +222,18 @@ def _attention(
 
 
 @contextlib.contextmanager
-def plain_operators(opset: int) -> Iterator[None]:
-    """Operators as their plain definitions, so that the graph holds standard nodes only."""
+def plain_operators(opset: int, nodes: Nodes | None = None) -> Iterator[None]:
+    """Operators as their plain definitions, so that the graph holds standard nodes only, or as `nodes`."""
     from ..ops import use_ops
 
     # ONNX has an Attention node of its own from opset 23 on.
-    with use_ops("reference"), PlainAttention() if opset < 23 else contextlib.nullcontext():
+    plain = PlainAttention() if opset < 23 else contextlib.nullcontext()
+    with use_ops("reference"), plain, nodes.recording() if nodes else contextlib.nullcontext():
         yield
 
 
 def capture(
-    module: Outputs, example: Tensor, dynamic: Sequence[str], opset: int
+    module: Outputs, example: Tensor, dynamic: Sequence[str], opset: int, nodes: Nodes | None = None
 ) -> tuple[torch.export.ExportedProgram, dict[str, Sizes]]:
     """Trace `module` and prove that the graph holds for every size of the dynamic axes.
 
@@ -237,6 +241,7 @@ def capture(
     of sizes. (torch.onnx.export called on a module skips that check: a batch size that went through Python
     arithmetic, `B = int(windows.shape[0] / n)`, is then frozen without a word.)
 
+    Where `nodes` is given, calls of operators are nodes of their own instead of what their definitions consist of.
     A place that treats a size of 1 by itself (layouts of memory do) limits what can be proven to larger images.
 
     Returns:
@@ -250,7 +255,7 @@ def capture(
     sizes_are_plain = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     try:
         with (
-            plain_operators(opset),
+            plain_operators(opset, nodes),
             sizes_are_plain if set(dynamic) - {"batch"} else contextlib.nullcontext(),
         ):
             while True:

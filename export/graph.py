@@ -164,13 +164,13 @@ def _readable(expression: str, symbols: Mapping[str, str]) -> str:
 
 
 def check(model: onnx.ModelProto, opset: int) -> None:
-    """Raise `ExportError` unless `model` is valid ONNX of standard operators alone, at `opset`."""
+    """Raise `ExportError` unless `model` is valid ONNX of standard operators, and functions of these, at `opset`."""
     import onnx
 
-    foreign = sorted(
-        {f"{n.domain}::{n.op_type}" for n in walk(model.graph) if n.domain not in STANDARD_DOMAINS}
-    )
-    foreign += [f"function {f.domain}::{f.name}" for f in model.functions]
+    functions = {(f.domain, f.name) for f in model.functions}
+    nodes = [*walk(model.graph), *(node for f in model.functions for node in f.node)]
+    used = {(n.domain, n.op_type) for n in nodes if n.domain not in STANDARD_DOMAINS}
+    foreign = sorted(f"{domain}::{name}" for domain, name in used - functions)
     if foreign:
         raise ExportError(
             f"the graph holds operators that are not standard ONNX: {', '.join(foreign)}; give them a definition in "

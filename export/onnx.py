@@ -31,6 +31,7 @@ from .downgrade import to_opset_17
 from .errors import ExportError
 from .external import is_large, publish, remove_weights, scratch_pair
 from .files import check_target, write_atomically
+from .functions import Nodes
 from .graph import GraphSummary, TensorInfo, advice, check, check_file, clean, summarize
 from .images import Preprocessing, find_images, load_image, pretrained_cfg
 from .metadata import check_classes, describe, installed, text
@@ -50,6 +51,9 @@ one in all; convolutions in bfloat16 exist from 22 on."""
 
 DEFAULT_OPSETS = {"float32": 20, "float16": 20, "bfloat16": 22}
 _TRANSLATED = 18  # the least that torch translates to
+
+OPERATORS = ("standard", "fused")
+"""How the operators of `vitrail.ops` are written."""
 
 TRACED_BATCH = 2  # 0 and 1 are special to torch.export
 _LARGE = 256
@@ -121,6 +125,7 @@ def to_onnx(
     seed: int = 0,
     metadata: Mapping[str, object] | None = None,
     rewrite: Callable[[nn.Module], nn.Module] | None = None,
+    operators: str = "standard",
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Write `model` as an ONNX file of standard operators, verified against the model before it appears.
@@ -152,6 +157,10 @@ def to_onnx(
         metadata: further entries for the file's metadata; they win over the standard ones.
         rewrite: from the model to another module that computes the same, which is traced in its place, such as
             `vitrail.zoo.inference.standard_form`. What the file is verified against is the model itself.
+        operators: `standard`: those of `vitrail.ops` are written as their definitions, in standard operators alone.
+            `fused`: each is one node of domain `vitrail`, with its definition as a function in the file, so that
+            runtimes that know no more compute the same, and TensorRT takes this project's kernels where they are
+            registered as plugins; see docs/EXPORT.md.
         progress: called with a line of text before each step.
 
     Raises:
@@ -167,6 +176,10 @@ def to_onnx(
     if opset is None:
         opset = DEFAULT_OPSETS[dtype]
     _check_opset(opset)
+    if operators not in OPERATORS:
+        raise ValueError(f"operators must be one of {', '.join(OPERATORS)}, got {operators!r}")
+    if operators == "fused" and opset < _TRANSLATED:
+        raise ValueError(f"operators='fused' needs opset {_TRANSLATED} or later, got {opset}")
     target = check_target(path, ".onnx")
     size = default_size(model, img_size)
     prepare = Preprocessing.of(model, preprocessing)
@@ -194,7 +207,8 @@ def to_onnx(
         clock = _Clock()
         with quiet():
             say("tracing the model")
-            program, sizes = capture(module, example, axes, opset)
+            nodes = Nodes() if operators == "fused" else None
+            program, sizes = capture(module, example, axes, opset, nodes)
             clock.lap("trace")
             say("translating to ONNX")
             onnx_program = translate(program, max(opset, _TRANSLATED))
@@ -209,6 +223,10 @@ def to_onnx(
     normalisation = take_pixels(proto, prepare) if preprocess else "outside"
     if opset < _TRANSLATED:
         to_opset_17(proto)
+    if nodes:
+        say("writing the operators' functions")
+        nodes.attach(proto, opset)
+        clock.lap("functions")
     entries = describe(model, (channels, *size), prepare, classes)
     entries.update(
         {

@@ -37,6 +37,51 @@ def holds_values(x: Tensor) -> bool:
     return x.device.type == "cpu" and not captured and type(x) is Tensor
 
 
+class Outline:
+    """What a fake kernel asks of a tensor: shape and dtype."""
+
+    def __init__(self, shape: Sequence[Any], dtype: torch.dtype):
+        self.shape, self.dtype = tuple(shape), dtype
+
+    def new_empty(self, shape: Sequence[Any], dtype: Optional[torch.dtype] = None) -> "Outline":
+        return Outline(shape, dtype or self.dtype)
+
+
+Replacement = Callable[[str, Callable[..., Any], Sequence[Any], Outline], Tensor]
+_replacement: Optional[Replacement] = None
+
+
+@contextlib.contextmanager
+def replaced(by: Replacement) -> Iterator[None]:
+    """Calls of operators inside a `with` block are calls of `by`, so that an export can write a node for each.
+
+    Args:
+        by: gets the operator's name, its definition, the arguments in the order of its schema, and shape and dtype of
+            the result; returns what stands for the result.
+    """
+    global _replacement
+    before, _replacement = _replacement, by
+    try:
+        yield
+    finally:
+        _replacement = before
+
+
+def is_replaced() -> bool:
+    """Whether calls of operators are replaced here and now."""
+    return _replacement is not None
+
+
+def replacement(
+    name: str, definition: Callable[..., Any], fake: Callable[..., Any], args: Sequence[Any]
+) -> Optional[Tensor]:
+    """What stands for the result of a call inside `replaced`; None outside, where the operator is called."""
+    if _replacement is None:
+        return None
+    outlines = [Outline(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in args]
+    return _replacement(name, definition, args, _tuple(fake(*outlines))[0])
+
+
 def hands_over(name: str, device: str, compiled: Sequence[str]) -> bool:
     """Whether the compiled library, loaded now if it was not, has put a kernel in front of the one of last resort.
 
@@ -102,6 +147,7 @@ class Operator:
     ):
         self.name = name
         self.definition = definition
+        self.fake = fake
         self.outputs = tuple(outputs)
         self._forward = forward or definition
         self._check_values = check_values
@@ -144,6 +190,8 @@ class Operator:
 
     def __call__(self, *args: Any) -> Tensor:
         """The result, along the path in force; arguments are checked, but for their values."""
+        if (stands_for := replacement(self.name, self.definition, self.fake, args)) is not None:
+            return stands_for
         if library.mode() == "reference":
             if self._check_values is not None and holds_values(args[0]):
                 self._check_values(*args)

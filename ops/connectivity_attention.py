@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._attention import join_heads, split_heads
 from ._checks import check_parameter, check_token_attention, check_tokens
-from ._operator import Operator, wide_dtype
+from ._operator import Operator, is_replaced, wide_dtype
 from .connectivity_topk import check_candidates_in_range, check_choice, choose
 from .connectivity_topk import reference as choose_by_definition
 from .sparse_attention import reference_of_masks, reference_of_sets, sparse_attention
@@ -236,7 +236,7 @@ def connectivity_attention(
     if projection is not None:
         projection = projection.detach().to(dtype)
     wants_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return (composed if wants_gradients else _operator)(
+    return (composed if wants_gradients or is_replaced() else _operator)(
         q,
         k,
         v,

@@ -1,6 +1,7 @@
 """The compiled libraries: which path the operators take, and how a library is found, built and loaded.
 
-There is one for the CPU and one for NVIDIA GPUs, each loaded when the first tensor comes that lies there. They are
+There is one for the CPU and one for NVIDIA GPUs, each loaded when the first tensor comes that lies there, and one of
+plugins for TensorRT, which is not loaded here. They are
 plain C++ and CUDA on the LibTorch stable ABI, without a Python ABI. In this order a library is taken from the path
 that the environment names, from the package itself (a wheel may carry it), or from the cache, into which it is
 compiled at first use; never at import. Where none of that works, one warning says why, and the PyTorch definitions
@@ -11,6 +12,7 @@ Environment:
     VITRAIL_BUILD         `0` forbids compiling at first use.
     VITRAIL_LIBRARY       path of a library for the CPU to load instead of any other.
     VITRAIL_CUDA_LIBRARY  the same for GPUs.
+    VITRAIL_PLUGIN_LIBRARY  path of a library of plugins for TensorRT to use instead of any other.
     VITRAIL_CACHE         where libraries are kept; default $XDG_CACHE_HOME/vitrail or ~/.cache/vitrail.
     VITRAIL_LOCK_TIMEOUT  seconds to wait for another process that is compiling; default 300.
     CXX                   the C++ compiler; default: the first of c++, g++, clang++.
@@ -21,6 +23,7 @@ Environment:
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -36,7 +39,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +47,7 @@ import torch
 MODES = ("auto", "fused", "reference")
 LIBRARY_NAME = "libvitrail.so"
 CUDA_LIBRARY_NAME = "libvitrail_cuda.so"
+PLUGIN_LIBRARY_NAME = "libvitrail_tensorrt.so"
 
 # --- which path ---------------------------------------------------------------------------------------------
 
@@ -92,6 +96,7 @@ def use_ops(mode: str) -> Iterator[None]:
 # --- what is compiled, and how ------------------------------------------------------------------------------
 
 _SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+_PLUGIN_SOURCES = _SOURCES / "tensorrt"
 _TORCH = Path(torch.__file__).resolve().parent
 _FLAGS = (
     "-std=c++17",
@@ -156,7 +161,7 @@ def _version(command: Sequence[str], language: str) -> str:
 
 
 def find_cuda_compiler() -> Compiler:
-    """The compiler that `CUDACXX` names, or nvcc of `CUDA_HOME`, on the path, or of /usr/local/cuda.
+    """The compiler that `find_nvcc` finds, which has to suit torch.
 
     Raises:
         BuildError: there is none, it does not run, or torch is for another major version of CUDA, or for none.
@@ -165,6 +170,22 @@ def find_cuda_compiler() -> Compiler:
         raise BuildError(
             "this torch is without CUDA; install one for your GPU: https://pytorch.org/get-started"
         )
+    compiler = find_nvcc()
+    release = compiler.version.removeprefix("nvcc ")
+    if release.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        raise BuildError(
+            f"{compiler.command[0]} is of CUDA {release}, torch of {torch.version.cuda}: their major versions must "
+            "agree; name another nvcc in CUDACXX, or install another torch"
+        )
+    return compiler
+
+
+def find_nvcc() -> Compiler:
+    """The compiler that `CUDACXX` names, or nvcc of `CUDA_HOME`, on the path, or of /usr/local/cuda.
+
+    Raises:
+        BuildError: there is none, or it does not run.
+    """
     named = os.environ.get("CUDACXX")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = (
@@ -177,17 +198,12 @@ def find_cuda_compiler() -> Compiler:
                 f"the CUDA compiler {named!r}, named by CUDACXX, was not found; correct or unset CUDACXX"
             )
         raise BuildError(
-            f"no CUDA compiler was found; install the CUDA toolkit {torch.version.cuda.partition('.')[0]} "
+            f"no CUDA compiler was found; install the CUDA toolkit {(torch.version.cuda or '13').partition('.')[0]} "
             "(https://developer.nvidia.com/cuda-downloads; conda: conda install cuda-nvcc) or name its nvcc in CUDACXX"
         )
     release = re.search(r"release (\d+)\.(\d+)", _version([found], "CUDA"))
     if release is None:
         raise BuildError(f"{found} does not say which release of CUDA it is; CUDACXX must name an nvcc")
-    if release[1] != torch.version.cuda.partition(".")[0]:
-        raise BuildError(
-            f"{found} is of CUDA {release[1]}.{release[2]}, torch of {torch.version.cuda}: their major versions must "
-            "agree; name another nvcc in CUDACXX, or install another torch"
-        )
     return Compiler((found, "-ccbin", *find_compiler().command[:1]), f"nvcc {release[1]}.{release[2]}")
 
 
@@ -218,7 +234,7 @@ def compile_commands(
         objects.append(str(target.with_name(f"{name}.o")))
         compiles.append([*compiler.command, *_FLAGS, *extra, *flags, "-c", str(source), "-o", objects[-1]])
 
-    sources = sorted(_SOURCES.rglob("*.cpp"))
+    sources = [path for path in sorted(_SOURCES.rglob("*.cpp")) if path.parent != _PLUGIN_SOURCES]
     for name, flags in _instruction_sets().items():
         for source in sources:
             if source.stem.endswith("_kernel"):
@@ -239,22 +255,25 @@ _CUDA_FLAGS = (
     "-Xptxas=-v",
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-psabi",
-    # torch's shims for CUDA stand behind this
-    "-DUSE_CUDA",
     "-DVITRAIL_CUDA",
     "-DVITRAIL_ISA=cuda",
     "-DVITRAIL_DEVICE_KEY=CUDA",
 )
 
 
-def cuda_architectures() -> tuple[str, ...]:
-    """What is compiled for: `TORCH_CUDA_ARCH_LIST`, or the GPUs of this machine, or everything supported.
+def cuda_architectures(archs: Sequence[str] = ()) -> tuple[str, ...]:
+    """What is compiled for: `archs`, or `TORCH_CUDA_ARCH_LIST`, or the GPUs of this machine, or everything supported.
+
+    Args:
+        archs: such as `sm_89`.
 
     Raises:
         BuildError: the list names something that is not an architecture, or one that is too old.
     """
     named = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if named:
+    if archs:
+        chosen = tuple(re.sub(r"^sm_(\d+)(\d)$", r"\1.\2", name) for name in archs)
+    elif named:
         chosen = tuple(named.replace(";", " ").split())
     elif torch.cuda.is_available():
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -265,7 +284,9 @@ def cuda_architectures() -> tuple[str, ...]:
         match = re.fullmatch(r"(\d+)\.(\d+)(\+PTX)?", architecture)
         if match is None:
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST must hold versions such as 8.0;9.0+PTX, got {architecture!r} in {named!r}"
+                f"architectures must be such as sm_89, got {architecture!r}"
+                if archs
+                else f"TORCH_CUDA_ARCH_LIST must hold versions such as 8.0;9.0+PTX, got {architecture!r} in {named!r}"
             )
         if int(match[1]) < 8:
             raise BuildError(
@@ -275,26 +296,68 @@ def cuda_architectures() -> tuple[str, ...]:
     return chosen
 
 
+def _cuda_codes(archs: Sequence[str] = ()) -> list[str]:
+    """What nvcc makes for the architectures that are asked for."""
+    architectures = cuda_architectures(archs)
+    chosen = [x.removesuffix("+PTX").replace(".", "") for x in architectures]
+    # The front end runs once for all: no kernel uses what only a newer architecture has.
+    codes = [f"-gencode=arch=compute_80,code=[{','.join(f'sm_{number}' for number in chosen)}]"]
+    return codes + [
+        f"-gencode=arch=compute_{number},code=compute_{number}"
+        for number, name in zip(chosen, architectures, strict=True)
+        if name.endswith("+PTX")
+    ]
+
+
+def _units(
+    command: Sequence[str], sources: Sequence[Path], target: Path
+) -> tuple[list[list[str]], list[str]]:
+    """Commands that compile sources beside `target`, and the objects that they make."""
+    objects = [str(target.with_name(f"{source.stem}.o")) for source in sources]
+    pairs = zip(sources, objects, strict=True)
+    return [[*command, "-c", str(source), "-o", unit] for source, unit in pairs], objects
+
+
 def cuda_commands(
     compiler: Compiler, target: Path, sanitize: Sequence[str] = ()
 ) -> tuple[list[list[str]], list[str]]:
     """The same as `compile_commands` for the kernels of GPUs, which no sanitizer of the host knows."""
-    chosen = [x.removesuffix("+PTX").replace(".", "") for x in cuda_architectures()]
-    # The front end runs once for all: no kernel uses what only a newer architecture has.
-    codes = [f"-gencode=arch=compute_80,code=[{','.join(f'sm_{number}' for number in chosen)}]"]
-    codes += [
-        f"-gencode=arch=compute_{number},code=compute_{number}"
-        for number, name in zip(chosen, cuda_architectures(), strict=True)
-        if name.endswith("+PTX")
-    ]
-    compiles, objects = [], []
-    flags = (*_CUDA_FLAGS, *codes, _TORCH_VERSION, f"-isystem={_TORCH / 'include'}")
-    for source in sorted(_SOURCES.rglob("*.cu")):
-        objects.append(str(target.with_name(f"{source.stem}.o")))
-        compiles.append([*compiler.command, *flags, "-c", str(source), "-o", objects[-1]])
+    # torch's shims for CUDA stand behind USE_CUDA
+    flags = (*_CUDA_FLAGS, *_cuda_codes(), "-DUSE_CUDA", _TORCH_VERSION, f"-isystem={_TORCH / 'include'}")
+    sources = [path for path in sorted(_SOURCES.rglob("*.cu")) if path.parent != _PLUGIN_SOURCES]
+    compiles, objects = _units([*compiler.command, *flags], sources, target)
     lib = _TORCH / "lib"
     libraries = [f"-L{lib}", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-Xlinker", f"-rpath={lib}"]
     return compiles, [*compiler.command, "-shared", "-o", str(target), *objects, *libraries]
+
+
+# Operators that are plugins; all but these have no place in an engine, whose own layers they would replace.
+PLUGINS = (
+    "channel_attention",
+    "connectivity_topk",
+    "region_route",
+    "routed_attention",
+    "semantic_attention",
+    "sparse_attention",
+    "strip_mix",
+    "window_attention",
+)
+
+
+def plugin_sources() -> list[Path]:
+    """The plugin class, and the kernels that plugins run: those of the forward pass."""
+    kernels = [_SOURCES / "cuda" / "attention.cu", *(_SOURCES / "ops" / f"{name}.cu" for name in PLUGINS)]
+    own = [path for path in sorted(_PLUGIN_SOURCES.iterdir()) if path.suffix in (".cpp", ".cu")]
+    return [*kernels, *own]
+
+
+def plugin_commands(
+    compiler: Compiler, target: Path, sanitize: Sequence[str] = (), archs: Sequence[str] = ()
+) -> tuple[list[list[str]], list[str]]:
+    """The same for plugins of TensorRT, which know nothing of torch."""
+    command = [*compiler.command, *_CUDA_FLAGS, *_cuda_codes(archs), "-DVITRAIL_TENSORRT"]
+    compiles, objects = _units(command, plugin_sources(), target)
+    return compiles, [*compiler.command, "-shared", "-cudart=static", "-o", str(target), *objects]
 
 
 @dataclass(frozen=True)
@@ -302,7 +365,7 @@ class Part:
     """One of the libraries: the device it is for, and how it is made."""
 
     device: str
-    """As a tensor's `device.type` says it."""
+    """As a tensor's `device.type` says it, or `tensorrt`."""
     file: str
     variable: str
     """Of the environment: names a library to load instead."""
@@ -331,7 +394,16 @@ CUDA = Part(
     cuda_commands,
     (".cu", ".h"),
 )
-PARTS = {part.device: part for part in (CPU, CUDA)}
+PLUGIN = Part(
+    "tensorrt",
+    PLUGIN_LIBRARY_NAME,
+    "VITRAIL_PLUGIN_LIBRARY",
+    "the plugins for TensorRT with {} (once; some minutes)",
+    find_nvcc,
+    plugin_commands,
+    (".cu", ".cpp", ".h"),
+)
+PARTS = {part.device: part for part in (CPU, CUDA, PLUGIN)}
 
 
 def _digest(*parts: object) -> str:
@@ -341,7 +413,11 @@ def _digest(*parts: object) -> str:
 def _source_key(sanitize: Sequence[str] = (), part: Part = CPU) -> str:
     """Changes with anything that changes the library, the compiler apart."""
     commands = part.commands(Compiler((), ""), Path(part.file), sanitize)
-    sources = [path for path in sorted(_SOURCES.rglob("*")) if path.suffix in part.suffixes]
+    sources = [
+        path
+        for path in sorted(_SOURCES.rglob("*"))
+        if path.suffix in part.suffixes and (part.device == PLUGIN.device or path.parent != _PLUGIN_SOURCES)
+    ]
     contents = [(path.relative_to(_SOURCES).as_posix(), path.read_bytes()) for path in sources]
     torch_key = (torch.__version__, torch.compiled_with_cxx11_abi())
     return _digest(contents, commands, torch_key, platform.system(), platform.machine())
@@ -454,6 +530,25 @@ def build(
     return target
 
 
+def plugin_library(archs: Sequence[str] = (), progress: Progress | None = None) -> Path:
+    """The library of plugins for TensorRT, which is built where there is none yet.
+
+    Args:
+        archs: GPU architectures such as `sm_89`; default: as for the CUDA operators.
+        progress: see `build`.
+
+    Raises:
+        BuildError: see `build`; or `VITRAIL_PLUGIN_LIBRARY` names no file.
+    """
+    named = _prebuilt(PLUGIN)
+    if named is not None and not named.is_file():
+        raise BuildError(
+            f"there is no library at {named}, which {PLUGIN.variable} names; correct or unset it"
+        )
+    commands = functools.partial(plugin_commands, archs=tuple(archs))
+    return named or build(progress=progress, part=replace(PLUGIN, commands=commands))
+
+
 def _say(done: int, total: int, what: str) -> None:
     if done in (0, total):
         print(f"vitrail: {what}", file=sys.stderr, flush=True)
@@ -559,7 +654,7 @@ def load(device: str = "cpu") -> bool:
     Raises:
         RuntimeError: they are not there and the mode is `fused`.
     """
-    if device not in PARTS:
+    if device not in (CPU.device, CUDA.device):
         return False
     part, state = PARTS[device], _states[device]
     if state.path is not None:
@@ -638,7 +733,7 @@ class LibraryStatus:
 
 
 def status(device: str = "cpu") -> LibraryStatus:
-    """The state of the compiled library for a device, `cpu` or `cuda`; neither compiles nor loads it."""
+    """The state of the compiled library for a device, `cpu`, `cuda` or `tensorrt`; neither compiles nor loads it."""
     part, state = PARTS[device], _states[device]
     reason = state.reason
     compiler = None

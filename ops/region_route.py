@@ -1,13 +1,13 @@
 """`region_route`: which regions each region looks at (BiFormer, arXiv 2303.08810, section 3.2, eq. 2 to 4)."""
 
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor
 
 from . import library
 from ._checks import check_grid, check_like, check_region_size
-from ._operator import hands_over
+from ._operator import hands_over, replacement
 from .regions import concrete, region_count, region_means
 
 
@@ -57,6 +57,16 @@ def _check(q: Tensor, k: Tensor, topk: int, region_size: List[int], kv_region_si
         raise ValueError(f"topk must lie between 1 and the number of key regions, {regions}; got {topk}")
 
 
+def _choose(*args: Any) -> Tensor:
+    """The choice along the path in force; arguments are checked."""
+    if (stands_for := replacement("region_route", reference, _fake, args)) is not None:
+        return stands_for
+    # GPU kernels know no float64
+    if library.mode() == "reference" or (args[0].is_cuda and args[0].dtype == torch.float64):
+        return reference(*args)
+    return torch.ops.vitrail.region_route(*args)
+
+
 def region_route(
     q: Tensor, k: Tensor, topk: int, region_size: List[int], kv_region_size: Optional[List[int]] = None
 ) -> Tensor:
@@ -86,7 +96,4 @@ def region_route(
         return torch.ops.vitrail.region_route(q, k, topk, region_size, kv_region_size)
     region_size, kv_region_size = concrete(region_size), concrete(kv_region_size)
     _check(q, k, topk, region_size, kv_region_size)
-    # GPU kernels know no float64
-    if library.mode() == "reference" or (q.is_cuda and q.dtype == torch.float64):
-        return reference(q, k, topk, region_size, kv_region_size)
-    return torch.ops.vitrail.region_route(q, k, topk, region_size, kv_region_size)
+    return _choose(q, k, topk, region_size, kv_region_size)

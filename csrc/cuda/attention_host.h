@@ -9,6 +9,8 @@ namespace vitrail::cuda {
 
 void run_forward(const AnyPolicy& policy, const BlockAttention& a, const Tensor& q);
 
+#if !defined(VITRAIL_TENSORRT)
+
 // How a block of keys is shared out: parts, which have a block of threads each, of some warps.
 struct KeyGrid {
     int parts, warps;
@@ -32,11 +34,13 @@ struct Backward {
     Tensor dq, delta;
 
     Backward(const BlockAttention& a, const BlockGradients& given, const Tensor& q)
-        : delta(torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), a.heads}, ScalarType::Float)) {
+        : delta(tensors::new_empty(q, {q.size(0), q.size(1), q.size(2), a.heads}, ScalarType::Float)) {
         dq = empty_gradient(q, g.q);
         g.grad = given.out;
         g.delta = grid_of(delta);
     }
 };
+
+#endif
 
 }  // namespace vitrail::cuda

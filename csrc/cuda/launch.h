@@ -1,4 +1,5 @@
-// Starting kernels: on PyTorch's current stream of the tensors' device, with every error checked.
+// Starting kernels, with every error checked: on PyTorch's current stream of the tensors' device, or on the
+// stream that TensorRT passes to a plugin.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +7,7 @@
 #include "../ops/host.h"
 #include "simt.h"
 
-#if !defined(VITRAIL_EMULATE)
+#if !defined(VITRAIL_EMULATE) && !defined(VITRAIL_TENSORRT)
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
@@ -17,6 +18,9 @@ inline bool some(int64_t blocks) {
     if (blocks > std::numeric_limits<int32_t>::max())
         throw std::runtime_error("this would take " + std::to_string(blocks) +
                                  " blocks of threads, more than a launch may have; use a smaller batch");
+#if defined(VITRAIL_TENSORRT)
+    if (tensorrt::Call::current()->measures()) return false;
+#endif
     return blocks > 0;
 }
 
@@ -44,11 +48,15 @@ inline void check(const char* what, cudaError_t error) {
 
 class Launcher {
   public:
+#if defined(VITRAIL_TENSORRT)
+    explicit Launcher(const Tensor&) : stream_(tensorrt::Call::current()->stream()) {}
+#else
     explicit Launcher(const Tensor& like) : guard_(like.get_device_index()) {
         void* stream = nullptr;
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
         stream_ = static_cast<cudaStream_t>(stream);
     }
+#endif
 
     // A grid of one dimension.
     template <class... Parameters>
@@ -67,7 +75,9 @@ class Launcher {
     }
 
   private:
+#if !defined(VITRAIL_TENSORRT)
     torch::stable::accelerator::DeviceGuard guard_;
+#endif
     cudaStream_t stream_ = nullptr;
 };
 

@@ -29,11 +29,11 @@ Tensor run_bias_gradients(const Windows<float>& windows, const BlockAttention& a
         const int warps = warps_for(places), rows = warps * kWarpRows;
         const int64_t parts = (places + kTokens - 1) / kTokens * ((places + rows - 1) / rows) * a.heads;
         const int64_t slices = std::clamp<int64_t>(kBlocks / parts, 1, std::max<int64_t>(all, 1));
-        Tensor tables = torch::stable::new_empty(q, {slices, a.heads, places, places}, ScalarType::Float);
+        Tensor tables = tensors::new_empty(q, {slices, a.heads, places, places}, ScalarType::Float);
         Launcher{q}(bias_gradients<S, width>, slices * parts, warps * kWarp,
                     QueryBlock<S, width>::shared_bytes(2, rows, 1), a, g, windows,
                     static_cast<float*>(tables.mutable_data_ptr()), Place(q.size(0)), Place(slices));
-        return torch::stable::sum(tables, std::vector<int64_t>{0});
+        return tensors::sum(tables, std::vector<int64_t>{0});
     });
 }
 

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(1024)
 // A contiguous int32 copy of a tensor of three dimensions.
 inline Tensor checked_indices(const Tensor& from, int64_t limit) {
     constexpr int kThreads = 256;
-    Tensor to = torch::stable::new_empty(from, {from.size(0), from.size(1), from.size(2)}, ScalarType::Int);
+    Tensor to = tensors::new_empty(from, {from.size(0), from.size(1), from.size(2)}, ScalarType::Int);
     const Indices indices = {from.const_data_ptr(),
                              from.scalar_type() == ScalarType::Long,
                              {from.size(0), from.size(1), from.size(2)},
@@ -82,8 +82,8 @@ struct Visitors {
 };
 
 inline Visitors list_visitors(const int32_t* routes, const RoutedRegions<float>& regions, const Tensor& q) {
-    Tensor begins = torch::stable::new_empty(q, {q.size(0), regions.key_blocks() + 1}, ScalarType::Int);
-    Tensor slots = torch::stable::new_empty(q, {q.size(0), regions.slots()}, ScalarType::Int);
+    Tensor begins = tensors::new_empty(q, {q.size(0), regions.key_blocks() + 1}, ScalarType::Int);
+    Tensor slots = tensors::new_empty(q, {q.size(0), regions.slots()}, ScalarType::Int);
     Launcher{q}(invert_routes, q.size(0), 1024, 0, routes, regions.slots(), regions.key_blocks(),
                 static_cast<int32_t*>(begins.mutable_data_ptr()),
                 static_cast<int32_t*>(slots.mutable_data_ptr()));

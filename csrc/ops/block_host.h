@@ -38,13 +38,14 @@ inline void check_packed(const Checks& checks, const char* name, const BlockAtte
 
 // Empty outputs: the result, like q with the channels of v, and the log-sum-exp of each query and head.
 inline std::tuple<Tensor, Tensor> new_outputs(const Tensor& q, const Tensor& v, BlockAttention& a) {
-    Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-    Tensor lse =
-        torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), a.heads}, compute_type(a.storage));
+    Tensor out = new_result(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+    Tensor lse = tensors::new_empty(q, {q.size(0), q.size(1), q.size(2), a.heads}, compute_type(a.storage));
     a.out = grid_of(out);
     a.lse = grid_of(lse);
     return {out, lse};
 }
+
+#if !defined(VITRAIL_CUDA)
 
 template <class Arguments>
 void run_forward(const BlockKernels<Arguments>& kernels, const Arguments& a, int64_t images) {
@@ -60,7 +61,7 @@ void run_forward(const BlockKernels<Arguments>& kernels, const Arguments& a, int
         });
     };
     if (plan.pack_tasks == 0) return attend(0, images, nullptr);
-    const int64_t budget = kPackedBytesPerThread * torch::stable::get_num_threads();
+    const int64_t budget = kPackedBytesPerThread * tensors::get_num_threads();
     const int64_t together = std::clamp<int64_t>(budget / plan.packed_image, 1, images);
     AlignedBuffer packed(together * plan.packed_image);
     const double pack_work = double(plan.packed_image) / double(plan.pack_tasks);
@@ -71,6 +72,10 @@ void run_forward(const BlockKernels<Arguments>& kernels, const Arguments& a, int
         attend(first, count, packed.data);
     }
 }
+
+#endif
+
+#if !defined(VITRAIL_TENSORRT)
 
 // --- gradients ---
 
@@ -104,24 +109,26 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
 
 // The gradient of a grid, to be written in its type, or added to in another.
 inline Tensor empty_gradient(const Tensor& t, Grid& grid) {
-    Tensor gradient = torch::stable::new_empty(t, sizes_of(t));
+    Tensor gradient = tensors::new_empty(t, sizes_of(t));
     grid = grid_of(gradient);
     return gradient;
 }
 
 inline Tensor zero_gradient(const Tensor& t, ScalarType type, Grid& grid) {
-    Tensor gradient = torch::stable::new_zeros(t, sizes_of(t), type);
+    Tensor gradient = tensors::new_zeros(t, sizes_of(t), type);
     grid = grid_of(gradient);
     return gradient;
 }
 
 inline Tensor converted(const Tensor& t, ScalarType type) {
-    return t.scalar_type() == type ? t : torch::stable::to(t, type);
+    return t.scalar_type() == type ? t : tensors::to(t, type);
 }
+
+#if !defined(VITRAIL_CUDA)
 
 // The sums of `from`, (groups, tables, numbers), over the tables of each group, always in their order.
 inline Tensor summed(const Tensor& from, const std::vector<int64_t>& shape) {
-    Tensor to = torch::stable::new_zeros(from, shape);
+    Tensor to = tensors::new_zeros(from, shape);
     const int64_t groups = from.size(0), tables = from.size(1), size = from.size(2);
     const auto sum = [&](auto number) {
         using T = decltype(number);
@@ -150,5 +157,8 @@ void run_gradients(const BlockKernels<Arguments>& kernels, const Arguments& a, c
         kernels.gradients(a, g, scratch.data, begin, end);
     });
 }
+
+#endif
+#endif
 
 }  // namespace vitrail

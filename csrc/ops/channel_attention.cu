@@ -1,6 +1,7 @@
 // vitrail::channel_attention and its backward on a GPU.
 #include "../cuda/attention_launch.h"
 #include "../cuda/channel_weights.h"
+#include "../cuda/registration.h"
 #include "../cuda/token_products.h"
 #include "channel_attention_host.h"
 
@@ -9,10 +10,17 @@ namespace {
 
 // Chunks follow from the size of an image alone, so that its results do not depend on the batch. What is
 // summed of them must not outweigh the tokens, nor take long to add up.
+constexpr int64_t kLeast = 256, kMostChunks = 64, kMultiple = 128;
+
 int64_t tokens_of_chunk(int64_t tokens, int64_t channels) {
-    constexpr int64_t kLeast = 256, kMostChunks = 64, kMultiple = 128;
     const int64_t size = std::max({kLeast, 8 * channels, (tokens + kMostChunks - 1) / kMostChunks});
     return (size + kMultiple - 1) / kMultiple * kMultiple;
+}
+
+// Of this image or a smaller one, so that memory for an image is enough for those that are smaller.
+int64_t most_chunks(int64_t tokens, int64_t channels) {
+    const int64_t least = std::max(kLeast, 8 * channels);
+    return std::min(kMostChunks, (tokens + least - 1) / least);
 }
 
 // The three steps, each of which is a launch.
@@ -23,14 +31,15 @@ class Steps {
           q_(q),
           tokens_(a.height * a.width),
           chunk_(tokens_of_chunk(tokens_, a.head_dim)),
-          chunks_((tokens_ + chunk_ - 1) / chunk_) {}
+          chunks_((tokens_ + chunk_ - 1) / chunk_),
+          room_(most_chunks(tokens_, a.head_dim)) {}
 
     using Pairs = std::initializer_list<std::pair<Grid, Grid>>;
 
     // Sums over tokens of x[i] * y[j], for each pair (x, y).
     Tensor sum(const Pairs& pairs) const {
         const cuda::TokenMaps maps = maps_of(pairs);
-        Tensor sums = squares(maps.pairs * chunks_);
+        Tensor sums = squares(maps.pairs * room_);
         cuda::with_tiles(a_.storage, a_.head_dim, [&](auto s, auto width) {
             using Shape = cuda::SumShape<decltype(s), width>;
             cuda::Launcher{q_}(cuda::sum_products<decltype(s), width>, blocks(maps), Shape::kThreads,
@@ -67,8 +76,8 @@ class Steps {
   private:
     // Of each image and head, some squares of numbers.
     Tensor squares(int64_t count) const {
-        return torch::stable::new_empty(q_, {a_.images * a_.heads, count, a_.head_dim, a_.head_dim},
-                                        ScalarType::Float);
+        return tensors::new_empty(q_, {a_.images * a_.heads, count, a_.head_dim, a_.head_dim},
+                                  ScalarType::Float);
     }
 
     cuda::TokenMaps maps_of(const Pairs& pairs) const {
@@ -90,7 +99,7 @@ class Steps {
 
     const ChannelAttention& a_;
     const Tensor& q_;
-    const int64_t tokens_, chunk_, chunks_;
+    const int64_t tokens_, chunk_, chunks_, room_;
 };
 
 struct OnGpu {
@@ -101,18 +110,18 @@ struct OnGpu {
         steps.multiply(weights, {{a.v, a.out}});
     }
 
+#if !defined(VITRAIL_TENSORRT)
     static void differentiate(const ChannelAttention& a, const Tensor& q) {
         const Steps steps(a, q);
         const Tensor sums = steps.sum({{a.q, a.k}, {a.grad, a.v}});
         const Tensor matrices = steps.weigh(cuda::differentiate_scores, sums, 3);
         steps.multiply(matrices, {{a.k, a.grad_q}, {a.grad, a.grad_v}, {a.q, a.grad_k}});
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, VITRAIL_DEVICE_KEY, m) {
-    m.impl("channel_attention", TORCH_BOX(&vitrail::channel_attention<vitrail::OnGpu>));
-    m.impl("channel_attention_backward", TORCH_BOX(&vitrail::channel_attention_backward<vitrail::OnGpu>));
-}
+VITRAIL_REGISTER(channel_attention, &vitrail::channel_attention<vitrail::OnGpu>)
+VITRAIL_REGISTER_BACKWARD(channel_attention_backward, &vitrail::channel_attention_backward<vitrail::OnGpu>)

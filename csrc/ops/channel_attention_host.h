@@ -42,16 +42,18 @@ template <class Device>
 std::tuple<Tensor, Tensor> channel_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                              int64_t num_heads, double scale) {
     ChannelAttention a = channel_arguments(Checks("channel_attention"), q, k, v, num_heads, scale);
-    Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
-    Tensor lse = torch::stable::new_empty(q, {q.size(0), 1, 1, q.size(3)}, compute_type(a.storage));
+    Tensor out = new_result(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+    Tensor lse = tensors::new_empty(q, {q.size(0), 1, 1, q.size(3)}, compute_type(a.storage));
     a.out = grid_of(out);
     a.lse = lse.mutable_data_ptr();
     if (out.numel() > 0)
         Device::attend(a, q);
     else  // scores of no tokens are zero
-        torch::stable::fill_(lse, std::log(double(a.head_dim)));
+        tensors::fill_(lse, std::log(double(a.head_dim)));
     return {out, lse};
 }
+
+#if !defined(VITRAIL_TENSORRT)
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(const Tensor& grad, const Tensor& out,
@@ -72,10 +74,10 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(const Tensor& grad
     checks.placed("lse", lse, q);
     checks.dtype("lse", lse, compute_type(a.storage));
     checks.shape("lse", lse, {q.size(0), 1, 1, q.size(3)});
-    Tensor grad_q = torch::stable::new_empty(q, shape), grad_k = torch::stable::new_empty(q, shape),
-           grad_v = torch::stable::new_empty(q, shape);
+    Tensor grad_q = tensors::new_empty(q, shape), grad_k = tensors::new_empty(q, shape),
+           grad_v = tensors::new_empty(q, shape);
     if (q.numel() == 0) return {grad_q, grad_k, grad_v};
-    const Tensor rows = torch::stable::contiguous(lse);  // outlives the kernel
+    const Tensor rows = tensors::contiguous(lse);  // outlives the kernel
     a.lse = const_cast<void*>(rows.const_data_ptr());
     a.grad = grid_of(grad);
     a.grad_q = grid_of(grad_q);
@@ -84,5 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(const Tensor& grad
     Device::differentiate(a, q);
     return {grad_q, grad_k, grad_v};
 }
+
+#endif
 
 }  // namespace vitrail

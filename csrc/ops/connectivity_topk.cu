@@ -7,6 +7,7 @@
 
 #include "../core/portable.h"
 #include "../cuda/launch.h"
+#include "../cuda/registration.h"
 #include "../cuda/selection.h"
 #include "connectivity_topk_host.h"
 
@@ -218,7 +219,7 @@ struct OnGpu {
                        const Optional& candidates) {
         constexpr int kThreads = 256;
         const int64_t images = candidates ? logits.size(0) : 1, stride = cuda::Layout(a.choice).stride;
-        Tensor rows = torch::stable::new_empty(logits, {images, a.choice.rows, stride}, ScalarType::Float);
+        Tensor rows = tensors::new_empty(logits, {images, a.choice.rows, stride}, ScalarType::Float);
         float* const to = static_cast<float*>(rows.mutable_data_ptr());
         const int64_t lines = (a.choice.rows + cuda::kSide - 1) / cuda::kSide;
         cuda::Launcher{logits}(cuda::prepare_rows, images * lines * (stride / cuda::kSide), kThreads,
@@ -235,6 +236,4 @@ struct OnGpu {
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, VITRAIL_DEVICE_KEY, m) {
-    m.impl("connectivity_topk", TORCH_BOX(&vitrail::connectivity_topk<vitrail::OnGpu>));
-}
+VITRAIL_REGISTER(connectivity_topk, &vitrail::connectivity_topk<vitrail::OnGpu>)

@@ -27,8 +27,7 @@ Tensor connectivity_topk(const Tensor& logits, const Tensor& basis, const Option
     a.heads = logits.size(1);
     a.queries = logits.size(2);
     a.slots = num_keys > 0 ? num_keys : a.choice.keys;
-    Tensor out = torch::stable::new_empty(logits, {logits.size(0), a.heads, a.queries, a.slots},
-                                          std::make_optional(ScalarType::Long));
+    Tensor out = new_result(logits, {logits.size(0), a.heads, a.queries, a.slots}, ScalarType::Long);
     Device::admit(checks, a, logits, candidates);
     if (out.numel() == 0) return out;
     a.out = static_cast<int64_t*>(out.mutable_data_ptr());

@@ -7,6 +7,7 @@
 #include "../core/parts.h"
 #include "../cuda/channels_last.h"
 #include "../cuda/launch.h"
+#include "../cuda/registration.h"
 #include "../cuda/tiles.h"
 #include "depthwise_conv_host.h"
 
@@ -282,6 +283,4 @@ struct OnGpu {
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, VITRAIL_DEVICE_KEY, m) {
-    m.impl("depthwise_conv", TORCH_BOX(&vitrail::depthwise_conv<vitrail::OnGpu>));
-}
+VITRAIL_REGISTER(depthwise_conv, &vitrail::depthwise_conv<vitrail::OnGpu>)

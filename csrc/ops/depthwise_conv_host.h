@@ -63,7 +63,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Optional& bia
         checks.shape("residual", *residual, {a.images, a.height, a.width, a.channels});
         a.residual = grid_of(*residual);
     }
-    Tensor out = torch::stable::new_empty(x, {a.images, a.height, a.width, a.channels});
+    Tensor out = tensors::new_empty(x, {a.images, a.height, a.width, a.channels});
     if (out.numel() == 0) return out;
     a.x = grid_of(x);
     a.out = grid_of(out);

@@ -2,9 +2,13 @@
 // tensors, memory and threads. Not for kernels: it is compiled once, for the baseline instruction set.
 #pragma once
 
+#if defined(VITRAIL_TENSORRT)
+#include "../tensorrt/tensor.h"
+#else
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#endif
 
 #include <algorithm>
 #include <limits>
@@ -26,11 +30,30 @@
 
 namespace vitrail {
 
+// Whose tensors these are: PyTorch's, or those that TensorRT passes to a plugin.
+#if defined(VITRAIL_TENSORRT)
+namespace tensors = tensorrt;
+using tensorrt::ScalarType;
+#else
+namespace tensors = torch::stable;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+#endif
+using tensors::Tensor;
 
 using Optional = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
+
+// What an operator returns; a plugin is given the memory for it.
+inline Tensor new_result(const Tensor& like, const Sizes& sizes, ScalarType type) {
+#if defined(VITRAIL_TENSORRT)
+    return tensors::returned(like, sizes, type);
+#else
+    return tensors::new_empty(like, sizes, type);
+#endif
+}
+inline Tensor new_result(const Tensor& like, const Sizes& sizes) {
+    return new_result(like, sizes, like.scalar_type());
+}
 
 // Of tokens in a row, of a region. A GPU counts all tokens of an image in 32 bits, with some to spare.
 #if defined(VITRAIL_CUDA)
@@ -232,6 +255,10 @@ inline Tokens tokens_of(const Tensor& t) {
     return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
 }
 
+#if !defined(VITRAIL_CUDA)
+
+// --- memory and threads of a CPU ---
+
 struct AlignedBuffer {
     explicit AlignedBuffer(int64_t bytes) : data(::operator new(size_t(bytes), kAlignment, std::nothrow)) {
         if (!data) throw std::bad_alloc();  // which sanitizers would not
@@ -276,6 +303,8 @@ template <class Body>
 void parallel(int64_t count, int64_t grain, const Body& body) {
     if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
 }
+#endif
+
 #endif
 
 }  // namespace vitrail

@@ -2,6 +2,7 @@
 // multiplies them and chooses.
 #include "../core/portable.h"
 #include "../cuda/launch.h"
+#include "../cuda/registration.h"
 #include "../cuda/tiles.h"
 #include "region_route_host.h"
 
@@ -219,7 +220,7 @@ struct OnGpu {
     static void route(const RegionRoute& a, const Tensor& q, const Tensor& k) {
         const int64_t images = q.size(0), queries = a.q_regions.count, keys = a.k_regions.count;
         const int64_t padded = (q.size(3) + cuda::kDepth - 1) / cuda::kDepth * cuda::kDepth;
-        Tensor means = torch::stable::new_empty(q, {images * (queries + keys), padded}, ScalarType::Float);
+        Tensor means = tensors::new_empty(q, {images * (queries + keys), padded}, ScalarType::Float);
         float* const of_q = static_cast<float*>(means.mutable_data_ptr());
         float* const of_k = of_q + images * queries * padded;
         const cuda::Means q_means = {grid_of(q), a.q_regions, 0, of_q},
@@ -243,7 +244,7 @@ struct OnGpu {
         int64_t shared = 2 * cuda::Factors::kBytes;
         Optional scores;  // until the kernel is launched
         if (keys > kMostKept) {
-            scores = torch::stable::new_empty(q, {images, queries, keys}, ScalarType::Int);
+            scores = tensors::new_empty(q, {images, queries, keys}, ScalarType::Int);
             choice.scores = static_cast<uint32_t*>(scores->mutable_data_ptr());
         } else {
             shared += cuda::kQueries * keys * int64_t(sizeof(uint32_t));
@@ -256,6 +257,4 @@ struct OnGpu {
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, VITRAIL_DEVICE_KEY, m) {
-    m.impl("region_route", TORCH_BOX(&vitrail::region_route<vitrail::OnGpu>));
-}
+VITRAIL_REGISTER(region_route, &vitrail::region_route<vitrail::OnGpu>)

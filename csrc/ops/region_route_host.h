@@ -30,7 +30,7 @@ Tensor region_route(const Tensor& q, const Tensor& k, int64_t topk, const Sizes&
         checks.fail("topk must lie between 1 and the number of key regions, ", a.k_regions.count, "; got ",
                     topk);
     a.topk = topk;
-    Tensor routes = torch::stable::new_empty(q, {q.size(0), a.q_regions.count, topk}, ScalarType::Long);
+    Tensor routes = new_result(q, {q.size(0), a.q_regions.count, topk}, ScalarType::Long);
     if (routes.numel() == 0) return routes;
     a.routes = static_cast<int64_t*>(routes.mutable_data_ptr());
     Device::route(a, q, k);

@@ -5,6 +5,7 @@
 #include "../core/parts.h"
 #include "../cuda/channels_last.h"
 #include "../cuda/launch.h"
+#include "../cuda/registration.h"
 #include "../cuda/tiles.h"
 #include "activation_host.h"
 
@@ -158,7 +159,7 @@ Tensor response_norm(const Tensor& x, const Tensor& weight, double eps, const st
     checks.dtype("weight", weight, ScalarType::Float);
     checks.shape("weight", weight, {x.size(2)});
     checks.contiguous_channels("weight", weight);
-    Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+    Tensor out = tensors::new_empty(x, {x.size(0), x.size(1), x.size(2)});
     cuda::ResponseNorm a = {};
     a.activates = activation_of(checks, activation) == Activation::kGelu;
     if (out.numel() == 0) return out;
@@ -171,8 +172,8 @@ Tensor response_norm(const Tensor& x, const Tensor& weight, double eps, const st
     a.columns = cuda::Place((x.size(2) + cuda::kChannels - 1) / cuda::kChannels);
     a.weight = static_cast<const float*>(weight.const_data_ptr());
     a.eps = eps;
-    Tensor squares = torch::stable::new_empty(x, {a.images, a.parts, a.channels}, ScalarType::Float);
-    Tensor factors = torch::stable::new_empty(x, {a.images, a.channels}, ScalarType::Float);
+    Tensor squares = tensors::new_empty(x, {a.images, a.parts, a.channels}, ScalarType::Float);
+    Tensor factors = tensors::new_empty(x, {a.images, a.channels}, ScalarType::Float);
     a.squares = static_cast<float*>(squares.mutable_data_ptr());
     a.factors = static_cast<float*>(factors.mutable_data_ptr());
     const cuda::Launcher launch(x);
@@ -191,6 +192,4 @@ Tensor response_norm(const Tensor& x, const Tensor& weight, double eps, const st
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, VITRAIL_DEVICE_KEY, m) {
-    m.impl("response_norm", TORCH_BOX(&vitrail::response_norm));
-}
+VITRAIL_REGISTER(response_norm, &vitrail::response_norm)

@@ -1,5 +1,6 @@
 // vitrail::routed_attention and its backward on a GPU.
 #include "../cuda/attention_host.h"
+#include "../cuda/registration.h"
 #include "../cuda/routes.h"
 #include "routed_attention_host.h"
 
@@ -16,7 +17,7 @@ struct OnGpu {
             keep.push_back(cuda::checked_indices(routes, a.k_regions.count));
             a.routes = static_cast<const int32_t*>(keep.back().const_data_ptr());
             if (!weights) return;
-            keep.push_back(torch::stable::contiguous(*weights));
+            keep.push_back(tensors::contiguous(*weights));
             a.weights = keep.back().const_data_ptr();
         }
     };
@@ -25,18 +26,19 @@ struct OnGpu {
         cuda::run_forward(cuda::RoutedRegions<float>(a), a, q);
     }
 
+#if !defined(VITRAIL_TENSORRT)
     static RoutedGradients gradients(const RoutedAttention& a, const BlockGradients& given, const Tensor& q,
                                      const Tensor& k, const Tensor& v, const Optional& weights) {
         const cuda::RoutedRegions<float> regions(a);
         cuda::Backward backward(a, given, q);
         cuda::AttentionGradients& g = backward.g;
         Tensor dk = empty_gradient(k, g.k[0]), dv = empty_gradient(v, g.v[0]);
-        Tensor dweights = torch::stable::new_empty(q, {0}, ScalarType::Float);
+        Tensor dweights = tensors::new_empty(q, {0}, ScalarType::Float);
         if (weights) {
             const cuda::KeyGrid grid = cuda::key_grid(regions);
             const Sizes shape = {q.size(0), a.heads * grid.parts * grid.warps, a.q_regions.count, a.topk,
                                  a.q_regions.size};
-            dweights = torch::stable::new_empty(q, shape, ScalarType::Float);
+            dweights = tensors::new_empty(q, shape, ScalarType::Float);
             g.weights = static_cast<float*>(dweights.mutable_data_ptr());
         }
         if (q.numel() > 0 && a.topk > 0) {
@@ -46,17 +48,16 @@ struct OnGpu {
             cuda::run_query_gradients(regions, a, g, q);
             cuda::run_key_gradients(regions, a, g, q);
         } else {  // queries that look at nothing
-            for (Tensor* t : {&backward.dq, &dk, &dv, &dweights}) torch::stable::zero_(*t);
+            for (Tensor* t : {&backward.dq, &dk, &dv, &dweights}) tensors::zero_(*t);
         }
-        if (weights) dweights = torch::stable::sum(dweights, Sizes{1, 4});
+        if (weights) dweights = tensors::sum(dweights, Sizes{1, 4});
         return {backward.dq, dk, dv, dweights};
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, VITRAIL_DEVICE_KEY, m) {
-    m.impl("routed_attention", TORCH_BOX(&vitrail::routed_attention<vitrail::OnGpu>));
-    m.impl("routed_attention_backward", TORCH_BOX(&vitrail::routed_attention_backward<vitrail::OnGpu>));
-}
+VITRAIL_REGISTER(routed_attention, &vitrail::routed_attention<vitrail::OnGpu>)
+VITRAIL_REGISTER_BACKWARD(routed_attention_backward, &vitrail::routed_attention_backward<vitrail::OnGpu>)

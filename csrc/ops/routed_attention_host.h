@@ -59,13 +59,15 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, co
     auto [out, lse] = new_outputs(q, v, a);
     if (out.numel() == 0) return {out, lse};
     if (a.topk == 0) {  // a softmax over nothing
-        torch::stable::fill_(out, 0.0);
-        torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+        tensors::fill_(out, 0.0);
+        tensors::fill_(lse, -std::numeric_limits<double>::infinity());
         return {out, lse};
     }
     Device::attend(a, q);
     return {out, lse};
 }
+
+#if !defined(VITRAIL_TENSORRT)
 
 // Gradients of q, k, v, weights; empty where there are no weights.
 using RoutedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -83,5 +85,7 @@ RoutedGradients routed_attention_backward(const Tensor& grad, const Tensor& out,
     BlockGradients g = set_outputs(checks, grad, out, lse, q, v, a);
     return Device::gradients(a, g, q, k, v, weights);
 }
+
+#endif
 
 }  // namespace vitrail

@@ -52,6 +52,8 @@ std::tuple<Tensor, Tensor> semantic_attention(const Tensor& q, const Tensor& k, 
     return {out, lse};
 }
 
+#if !defined(VITRAIL_TENSORRT)
+
 // Gradients of q, k, v, own_k, own_v.
 using SemanticGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -67,5 +69,7 @@ SemanticGradients semantic_attention_backward(const Tensor& grad, const Tensor& 
     BlockGradients g = set_outputs(checks, grad, out, lse, q, v, a);
     return Device::gradients(a, g, q, k, v, own_k, own_v);
 }
+
+#endif
 
 }  // namespace vitrail

@@ -3,6 +3,7 @@
 
 #include "../cuda/attention_host.h"
 #include "../cuda/launch.h"
+#include "../cuda/registration.h"
 #include "../cuda/tiles.h"
 #include "sparse_attention_host.h"
 
@@ -45,9 +46,9 @@ struct Masked {
     KeyMasks policy;
 
     Masked(const SparseAttention& a, const Tensor& q)
-        : bits(torch::stable::new_empty(q, {q.size(0) * a.heads, a.queries, KeyMasks::words(a.tokens)},
-                                        ScalarType::Int)),
-          repeats(torch::stable::new_zeros(q, {q.size(0), a.heads}, ScalarType::Int)),
+        : bits(tensors::new_empty(q, {q.size(0) * a.heads, a.queries, KeyMasks::words(a.tokens)},
+                                  ScalarType::Int)),
+          repeats(tensors::new_zeros(q, {q.size(0), a.heads}, ScalarType::Int)),
           policy(a, static_cast<uint32_t*>(bits.mutable_data_ptr()),
                  static_cast<int32_t*>(repeats.mutable_data_ptr())) {
         constexpr int kWarps = 4, kMostWords = 1024;
@@ -88,11 +89,12 @@ struct OnGpu {
         cuda::run_forward(cuda::Masked(a, q).policy, cuda::block_attention(a), q);
     }
 
+#if !defined(VITRAIL_TENSORRT)
     static void gradients(const Checks&, const SparseAttentionBackward& b, const Tensor& q, const Tensor&) {
         const SparseAttention& a = b.forward;
         const cuda::Masked masked(a, q);
         const BlockAttention block = cuda::block_attention(a);
-        Tensor delta = torch::stable::new_empty(q, {q.size(0), a.queries, a.heads}, ScalarType::Float);
+        Tensor delta = tensors::new_empty(q, {q.size(0), a.queries, a.heads}, ScalarType::Float);
         cuda::AttentionGradients g = {};
         g.grad = cuda::row_of(b.grad);
         g.q = cuda::row_of(b.grad_q);
@@ -102,12 +104,11 @@ struct OnGpu {
         cuda::run_query_gradients(masked.policy, block, g, q);
         cuda::run_key_gradients(masked.policy, block, g, q);
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, VITRAIL_DEVICE_KEY, m) {
-    m.impl("sparse_attention", TORCH_BOX(&vitrail::sparse_attention<vitrail::OnGpu>));
-    m.impl("sparse_attention_backward", TORCH_BOX(&vitrail::sparse_attention_backward<vitrail::OnGpu>));
-}
+VITRAIL_REGISTER(sparse_attention, &vitrail::sparse_attention<vitrail::OnGpu>)
+VITRAIL_REGISTER_BACKWARD(sparse_attention_backward, &vitrail::sparse_attention_backward<vitrail::OnGpu>)

@@ -39,13 +39,15 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
                                             const Tensor& keys, int64_t num_heads, double scale) {
     const Checks checks("sparse_attention");
     SparseAttention a = sparse_arguments(checks, q, k, v, keys, num_heads, scale);
-    Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
-    Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), num_heads}, compute_type(a.storage));
+    Tensor out = new_result(q, {q.size(0), q.size(1), v.size(2)});
+    Tensor lse = tensors::new_empty(q, {q.size(0), q.size(1), num_heads}, compute_type(a.storage));
     a.out = tokens_of(out);
     a.lse = lse.mutable_data_ptr();
     if (out.numel() > 0) Device::attend(checks, a, q, keys);
     return {out, lse};
 }
+
+#if !defined(VITRAIL_TENSORRT)
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(const Tensor& grad, const Tensor& out,
@@ -63,10 +65,10 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(const Tensor& grad,
     checks.placed("lse", lse, q);
     checks.dtype("lse", lse, compute_type(b.forward.storage));
     checks.shape("lse", lse, {q.size(0), q.size(1), num_heads});
-    Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-    Tensor grad_k = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
-    Tensor grad_v = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
-    const Tensor whole_lse = torch::stable::contiguous(lse);
+    Tensor grad_q = tensors::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+    Tensor grad_k = tensors::new_empty(k, {k.size(0), k.size(1), k.size(2)});
+    Tensor grad_v = tensors::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+    const Tensor whole_lse = tensors::contiguous(lse);
     b.grad = tokens_of(grad);
     b.grad_q = tokens_of(grad_q);
     b.grad_k = tokens_of(grad_k);
@@ -76,5 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(const Tensor& grad,
     if (q.size(0) > 0) Device::gradients(checks, b, q, keys);
     return {grad_q, grad_k, grad_v};
 }
+
+#endif
 
 }  // namespace vitrail

@@ -1,5 +1,6 @@
 // vitrail::strip_mix and its backward on a GPU.
 #include "../cuda/launch.h"
+#include "../cuda/registration.h"
 #include "../cuda/strips.h"
 #include "strip_mix_host.h"
 
@@ -48,6 +49,7 @@ struct OnGpu {
         });
     }
 
+#if !defined(VITRAIL_TENSORRT)
     static void sum_gradients(const StripMixGradients& a, const Tensor& x) {
         // Blocks of threads that keep a GPU busy; how a sum is cut depends on shapes alone.
         constexpr int64_t kBlocks = 256, kThreads = 256;
@@ -63,7 +65,7 @@ struct OnGpu {
                           count = quotient(segments, each);
             const int64_t groups = chunks * cuda::kChunkGroups<S>,
                           size = (3 * a.length + 1) * a.length * groups;
-            Tensor sums = torch::stable::new_empty(x, {count, size}, ScalarType::Float);
+            Tensor sums = tensors::new_empty(x, {count, size}, ScalarType::Float);
             const cuda::PartialSums parts = {static_cast<float*>(sums.mutable_data_ptr()), cuda::Place(each),
                                              groups, size};
             const cuda::Launcher launch{x};
@@ -72,12 +74,11 @@ struct OnGpu {
             launch(cuda::add_parts<S>, quotient(size, kThreads), kThreads, 0, a, parts, cuda::Place(count));
         });
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, VITRAIL_DEVICE_KEY, m) {
-    m.impl("strip_mix", TORCH_BOX(&vitrail::strip_mix<vitrail::OnGpu>));
-    m.impl("strip_mix_backward", TORCH_BOX(&vitrail::strip_mix_backward<vitrail::OnGpu>));
-}
+VITRAIL_REGISTER(strip_mix, &vitrail::strip_mix<vitrail::OnGpu>)
+VITRAIL_REGISTER_BACKWARD(strip_mix_backward, &vitrail::strip_mix_backward<vitrail::OnGpu>)

@@ -75,17 +75,19 @@ inline StripMix transposed(StripMix a, int64_t element_size) {
 template <class Device>
 Tensor strip_mix(const Tensor& x, const Tensor& weight, const Optional& bias, int64_t axis) {
     const Storage storage = check(Checks("strip_mix"), x, weight, bias, axis);
-    Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    Tensor out = new_result(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
     if (out.numel() == 0) return out;
     StripMix a = mixing(storage, x, weight, axis, out);
     Optional rows;  // outlives the kernel
     if (bias) {
-        rows = torch::stable::contiguous(*bias);
+        rows = tensors::contiguous(*bias);
         a.bias = rows->const_data_ptr();
     }
     Device::mix(a, x);
     return out;
 }
+
+#if !defined(VITRAIL_TENSORRT)
 
 // Gradients of x, weight and bias (empty without one).
 template <class Device>
@@ -99,13 +101,12 @@ std::tuple<Tensor, Tensor, Tensor> strip_mix_backward(const Tensor& grad, const 
     checks.dtype("grad", grad, x.scalar_type());
     checks.shape("grad", grad, {x.size(0), x.size(1), x.size(2), x.size(3)});
     const int64_t length = x.size(axis), groups = weight.size(3);
-    Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-    Tensor grad_weight = torch::stable::new_empty(x, {3, length, length, groups});
-    Tensor grad_bias =
-        bias ? torch::stable::new_empty(x, {length, groups}) : torch::stable::new_empty(x, {0});
+    Tensor grad_x = tensors::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    Tensor grad_weight = tensors::new_empty(x, {3, length, length, groups});
+    Tensor grad_bias = bias ? tensors::new_empty(x, {length, groups}) : tensors::new_empty(x, {0});
     if (x.numel() == 0) {
-        torch::stable::zero_(grad_weight);
-        torch::stable::zero_(grad_bias);
+        tensors::zero_(grad_weight);
+        tensors::zero_(grad_bias);
         return {grad_x, grad_weight, grad_bias};
     }
     const StripMix a = transposed(mixing(storage, grad, weight, axis, grad_x), weight.element_size());
@@ -124,5 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> strip_mix_backward(const Tensor& grad, const 
     Device::sum_gradients(g, x);
     return {grad_x, grad_weight, grad_bias};
 }
+
+#endif
 
 }  // namespace vitrail

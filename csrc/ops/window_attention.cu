@@ -1,5 +1,6 @@
 // vitrail::window_attention and its backward on a GPU.
 #include "../cuda/attention_host.h"
+#include "../cuda/registration.h"
 #include "window_attention_host.h"
 
 namespace vitrail {
@@ -10,6 +11,7 @@ struct OnGpu {
         cuda::run_forward(cuda::Windows<float>(a), a, q);
     }
 
+#if !defined(VITRAIL_TENSORRT)
     static WindowGradients gradients(const WindowAttention& a, const BlockGradients& given, const Tensor& q,
                                      const Tensor& k, const Tensor& v, const Optional& bias,
                                      const Optional& pad_key, const Optional& pad_value) {
@@ -20,28 +22,27 @@ struct OnGpu {
         // What stands past the grid is a row for each key of each window, of which those of tokens stay zero.
         const int64_t keys = q.size(0) * windows.key_blocks() * windows.largest_key_block();
         const auto rows = [&](const Optional& t, float*& data) {
-            Tensor sums = torch::stable::new_zeros(q, {t ? keys : 0, t ? t->size(0) : 0}, ScalarType::Float);
+            Tensor sums = tensors::new_zeros(q, {t ? keys : 0, t ? t->size(0) : 0}, ScalarType::Float);
             if (t) data = static_cast<float*>(sums.mutable_data_ptr());
             return sums;
         };
         const Tensor pad_keys = rows(pad_key, g.shared_k), pad_values = rows(pad_value, g.shared_v);
-        Tensor dbias = torch::stable::new_empty(q, {0});
+        Tensor dbias = tensors::new_empty(q, {0});
         if (q.numel() > 0) {
             cuda::run_query_gradients(windows, a, g, q);
             cuda::run_key_gradients(windows, a, g, q);
         }
         if (bias) dbias = converted(cuda::run_bias_gradients(windows, a, g, q), bias->scalar_type());
         const auto total = [&](const Tensor& sums) {
-            return converted(torch::stable::sum(sums, Sizes{0}), q.scalar_type());
+            return converted(tensors::sum(sums, Sizes{0}), q.scalar_type());
         };
         return {backward.dq, dk, dv, dbias, total(pad_keys), total(pad_values)};
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, VITRAIL_DEVICE_KEY, m) {
-    m.impl("window_attention", TORCH_BOX(&vitrail::window_attention<vitrail::OnGpu>));
-    m.impl("window_attention_backward", TORCH_BOX(&vitrail::window_attention_backward<vitrail::OnGpu>));
-}
+VITRAIL_REGISTER(window_attention, &vitrail::window_attention<vitrail::OnGpu>)
+VITRAIL_REGISTER_BACKWARD(window_attention_backward, &vitrail::window_attention_backward<vitrail::OnGpu>)

@@ -14,7 +14,7 @@ inline const void* shared(const Checks& checks, const char* name, const Optional
     checks.placed(name, *t, q);
     checks.dtype(name, *t, type);
     checks.shape(name, *t, shape);
-    keep.push_back(torch::stable::contiguous(*t));
+    keep.push_back(tensors::contiguous(*t));
     return keep.back().const_data_ptr();
 }
 
@@ -70,6 +70,8 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& q, const Tensor& k, co
     return {out, lse};
 }
 
+#if !defined(VITRAIL_TENSORRT)
+
 // Gradients of q, k, v, bias, pad_key, pad_value; empty for what is not there.
 using WindowGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -86,5 +88,7 @@ WindowGradients window_attention_backward(const Tensor& grad, const Tensor& out,
     BlockGradients g = set_outputs(checks, grad, out, lse, q, v, a);
     return Device::gradients(a, g, q, k, v, bias, pad_key, pad_value);
 }
+
+#endif
 
 }  // namespace vitrail

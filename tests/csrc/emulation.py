@@ -6,7 +6,7 @@ from pathlib import Path
 from vitrail.ops import library
 from vitrail.ops.library import Compiler, Part
 
-_FLAGS = (
+FLAGS = (
     "-std=c++17",
     "-fPIC",
     "-fvisibility=hidden",
@@ -24,11 +24,12 @@ def _commands(
     compiler: Compiler, target: Path, sanitize: Sequence[str] = ()
 ) -> tuple[list[list[str]], list[str]]:
     sanitizer = [f"-fsanitize={','.join(sanitize)}", "-fno-sanitize-recover=all", "-g"] if sanitize else []
-    sources = [*sorted(library._SOURCES.rglob("*.cu")), library._SOURCES / "dispatch" / "capability.cpp"]
+    kernels = [x for x in sorted(library._SOURCES.rglob("*.cu")) if x.parent != library._PLUGIN_SOURCES]
+    sources = [*kernels, library._SOURCES / "dispatch" / "capability.cpp"]
     compiles, objects = [], []
     for source in sources:
         objects.append(str(target.with_name(f"{source.stem}.o")))
-        flags = [*_FLAGS, *library._TORCH_FLAGS, "-O1", *sanitizer]
+        flags = [*FLAGS, *library._TORCH_FLAGS, "-O1", *sanitizer]
         compiles.append([*compiler.command, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]])
     lib = library._TORCH / "lib"
     libraries = [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]

@@ -11,6 +11,7 @@ examples:
   vitrail build --force          # once more from the sources
   vitrail build --device cuda    # for GPUs, here or elsewhere; needs nvcc, no GPU
   TORCH_CUDA_ARCH_LIST="9.0" vitrail build --device cuda    # for Hopper alone, in a fraction of the time
+  TORCH_CUDA_ARCH_LIST="8.9" vitrail build --device tensorrt    # plugins for engines on Ada; needs nvcc alone
 """
 
 
@@ -28,8 +29,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device",
-        choices=("cpu", "cuda", "all"),
-        help="for which device; default: the CPU, and the GPU where torch sees one",
+        choices=("cpu", "cuda", "tensorrt", "all"),
+        help="for which device, or the plugins for TensorRT; `all` is CPU and GPU; default: the CPU, and the GPU "
+        "where torch sees one",
     )
     parser.add_argument(
         "--force", action="store_true", help="build even where a matching library is in the cache"
@@ -45,9 +47,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     chosen = args.device or ("all" if torch.cuda.is_available() else "cpu")
     documents, lines = [], []
-    for part in library.PARTS.values():
-        if chosen not in ("all", part.device):
-            continue
+    for device in ("cpu", "cuda") if chosen == "all" else (chosen,):
+        part = library.PARTS[device]
         watch = Stopwatch()
         before = library.status(part.device)
         reused = before.cached and not args.force

@@ -11,6 +11,7 @@ from .terminal import (
     UsageError,
     add_image_size,
     add_model,
+    add_operators,
     at_least,
     existing_file,
     new_file,
@@ -25,6 +26,7 @@ examples:
   vitrail export onnx biformer_tiny half.onnx --dtype float16
   vitrail export onnx biformer_tiny serve.onnx --preprocess --classes imagenet.txt
   vitrail export onnx biformer_tiny pyramid.onnx --form features --json
+  vitrail export onnx biformer_tiny fused.onnx --operators fused    # our kernels in TensorRT, see docs/EXPORT.md
 """
 
 _AXES = ("batch", "height", "width")
@@ -133,6 +135,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="names of the classes, one a line, to note in the file",
     )
+    add_operators(parser)
     parser.add_argument(
         "--images",
         type=_images,
@@ -213,6 +216,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 progress=steps.begin,
                 metadata={"weights": weights, "family": family_of(args.model) or "timm"},
                 rewrite=standard_form,
+                operators=args.operators,
                 **tolerance,
             )
     except VerificationError as error:

@@ -9,6 +9,7 @@ from .terminal import (
     Terminal,
     UsageError,
     add_image_size,
+    add_operators,
     at_least,
     existing_file,
     image_size,
@@ -23,6 +24,7 @@ examples:
   vitrail export tensorrt model.onnx model.engine --arch sm_89 sm_120 --batch 1,16,64
   vitrail export tensorrt davit_fused_tiny davit.engine --batch 8 --checkpoint davit_t.safetensors
   vitrail export tensorrt any_size.onnx any_size.engine --size 224,384,512x768 --json
+  vitrail export tensorrt biformer_small fused.engine --operators fused --arch sm_89 --dtype fp16
 """
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -120,7 +122,8 @@ def add(formats: Any, common: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="libraries of TensorRT plugins",
+        help="libraries of TensorRT plugins (default: vitrail's own for --operators fused, or for a file with such "
+        "nodes; built first where that was not done)",
     )
     parser.add_argument(
         "--tf32", action="store_true", help="let fp32 products round to TF32, which is faster"
@@ -137,6 +140,7 @@ def add(formats: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="that build (default: all)")
     group = parser.add_argument_group("a model only")
     add_image_size(group)
+    add_operators(group)
     group.add_argument("--num-classes", type=at_least(0), metavar="N", help="classes, 0 for pooled features")
     group.add_argument("--checkpoint", type=existing_file, metavar="FILE", help="weights (default: random)")
     group.add_argument(
@@ -167,6 +171,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     try:
         with terminal.steps() as steps:
             source, options = (args.source, None) if is_file else _model(args, steps.begin)
+            plugins = args.plugin or _own_plugins(args, is_file, steps)
             report = to_tensorrt(
                 source,
                 args.output,
@@ -178,7 +183,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 timing_cache=args.timing_cache,
                 threads=args.threads,
                 tf32=args.tf32,
-                plugins=args.plugin,
+                plugins=plugins,
                 library=args.library,
                 verify=args.verify,
                 rtol=args.tolerance,
@@ -221,7 +226,24 @@ def _model(args: argparse.Namespace, say: Any) -> Any:
         "preprocess": args.preprocess,
         "metadata": {"weights": weights, "family": family_of(args.source) or "timm"},
         "rewrite": standard_form,
+        "operators": args.operators,
     }
+
+
+def _own_plugins(args: argparse.Namespace, is_file: bool, steps: Any) -> list[Path]:
+    """The library of vitrail's plugins where the engine has a use for it, built for the architectures asked for."""
+    from ..export.functions import has_nodes
+    from ..ops import library
+
+    if not (has_nodes(args.source) if is_file else args.operators == "fused"):
+        return []
+    try:
+        return [library.plugin_library(args.arch, steps.update)]
+    except library.BuildError as error:
+        raise JobFailed(
+            f"the plugins for TensorRT could not be built: {error}. Without them, --operators standard makes an engine "
+            f"of TensorRT's own kernels"
+        ) from error
 
 
 def _only_for_models(args: argparse.Namespace) -> None:
@@ -232,6 +254,7 @@ def _only_for_models(args: argparse.Namespace) -> None:
         "--form": args.form,
         "--preprocess": args.preprocess,
         "--tolerance": args.tolerance,
+        "--operators": args.operators != "standard",
     }
     if wrong := [name for name, value in given.items() if value not in (None, False)]:
         raise UsageError(

@@ -261,6 +261,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_operators(parser: argparse.ArgumentParser) -> None:
+    """Add `--operators`."""
+    parser.add_argument(
+        "--operators",
+        choices=("standard", "fused"),
+        default="standard",
+        help="vitrail's operators as standard ones alone, or each as one node with its definition in the file, for "
+        "which TensorRT takes this project's kernels as plugins (default: %(default)s)",
+    )
+
+
 def add_image_size(parser: argparse.ArgumentParser) -> None:
     """The option --img-size."""
     parser.add_argument(

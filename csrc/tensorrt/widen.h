@@ -1,0 +1,11 @@
+// Inputs in float32.
+#pragma once
+
+#include "tensor.h"
+
+namespace vitrail::tensorrt {
+
+// A copy in float32, in the memory of the call; the tensor itself if it is float32.
+Tensor widened(const Tensor& t);
+
+}  // namespace vitrail::tensorrt
