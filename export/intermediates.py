@@ -147,13 +147,15 @@ class OnnxSource:
         weights = {tensor.name for tensor in self._proto.graph.initializer}
         self._input = self._proto.graph.input[0].name
         self.nodes = {name: node for node in self._proto.graph.node for name in node.output if name}
-        varying = {self._input}
+        varying, passed = {self._input}, ""
         self.entries: list[Entry] = []
         for node in self._proto.graph.node:
             inner = {name for child in _graphs(node) for n in walk(child) for name in n.input}
             inputs = tuple(name for name in (*node.input, *inner) if name in varying)
-            if inputs:  # else it is a constant
-                where = _layer([name for name in node.input if name in weights])
+            if inputs and node.op_type not in ("Shape", "Size"):  # else it does not depend on the image
+                layer = _layer([name for name in node.input if name in weights])
+                where = layer or (f"after {passed}" if passed else "")
+                passed = layer or passed
                 names = [name for name in node.output if name]
                 varying.update(names)
                 self.entries += [Entry(name, node.op_type, where, inputs) for name in names]

@@ -17,12 +17,17 @@ _SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Match:
-    """A value and its counterpart `a`: figures, and whether they agree."""
+    """A value and its counterpart `a`: figures, whether they agree, and whether that tells anything.
+
+    Whole numbers (indices), booleans and values that are all the same agree past a fault, too: a choice may stay the
+    same, and the softmax over one score is 1.
+    """
 
     a: str
     shape: tuple[int, ...]
     figures: Figures
     agrees: bool
+    tells: bool = False
 
     @property
     def error(self) -> float:
@@ -39,7 +44,9 @@ def match(name: str, expected: Tensor, actual: Tensor, rtol: float, atol: float)
         return Match(name, shape, Figures(nan, nan, nan, nan, nan, ()), False)
     if expected.is_floating_point() or actual.is_floating_point():
         figures = measure(expected, actual)
-        return Match(name, shape, figures, figures.max_error <= atol + rtol * figures.largest)
+        agrees = figures.max_error <= atol + rtol * figures.largest
+        tells = agrees and bool((expected.flatten()[:1] != expected.flatten()).any())
+        return Match(name, shape, figures, agrees, tells)
     differ = (expected.long() - actual.long()).abs().flatten().double()
     share = (differ > 0).double().mean().item() if len(differ) else 0.0
     worst = differ.max().item() if len(differ) else 0.0
@@ -119,8 +126,9 @@ class Search:
         self._by_key = {entry.key: entry for entry in entries}
         self._order = {entry.key: i for i, entry in enumerate(entries)}
         self._leads = self._before(outputs)
-        good = [key for key, m in found.items() if m.agrees]
-        self._fine = self._before(good) if unknown_is_fine else set(good)
+        self._fine = {key for key, known in found.items() if known.agrees}
+        if unknown_is_fine:
+            self._fine |= self._before(key for key, known in found.items() if known.tells)
         self._incoming: dict[str, float] = {}
         for entry in entries:
             self._incoming[entry.key] = max((self._outgoing(key) for key in entry.inputs), default=0.0)
