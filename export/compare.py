@@ -320,7 +320,7 @@ class Comparison:
         """The way to the first difference, at the input where one was found (else at the first that was tried)."""
         if self._suspect is None:
             return None
-        source, images, _ = self._suspect
+        source, images, failed = self._suspect
         one = (_one_run(self.a, images[0]), _one_run(self.b, images[1]))
         if len(one[0]) != len(one[1]):
             self.notes.append(
@@ -336,6 +336,7 @@ class Comparison:
                 source=source,
                 rtol=self.rtol,
                 atol=self.atol,
+                failed=failed,
                 rewrite=rewrite,
                 say=self.progress,
             )

@@ -13,6 +13,8 @@ from .intermediates import Entry, ModuleSource, OnnxSource
 from .measure import Figures, measure
 
 _SAMPLES = 1024
+_SQUASHING = ("Softmax", "Sigmoid", "Tanh", "_softmax", "sigmoid", "tanh")
+"""Operators whose results may agree to within rounding where what they are computed from does not."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Search:
         self._leads = self._before(outputs)
         self._fine = {key for key, known in found.items() if known.agrees}
         if unknown_is_fine:
-            self._fine |= self._before(key for key, known in found.items() if known.tells)
+            telling = (key for key, known in found.items() if known.tells)
+            self._fine |= self._before(key for key in telling if self._by_key[key].op not in _SQUASHING)
         self._incoming: dict[str, float] = {}
         for entry in entries:
             self._incoming[entry.key] = max((self._outgoing(key) for key in entry.inputs), default=0.0)

@@ -104,6 +104,13 @@ class VerificationReport:
     trace: Trace | None = None
 
     @property
+    def title(self) -> str:
+        """What was compared with what."""
+        if (self.a, self.b) == ("the model", "the file"):
+            return f"{self.runtime} against torch"
+        return f"{self.b} ({self.runtime}) against {self.a}"
+
+    @property
     def passed(self) -> bool:
         """Whether there are checks, all of them passed, and there is no other problem."""
         return bool(self.checks) and not self.problems and all(check.passed for check in self.checks)

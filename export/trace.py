@@ -102,6 +102,7 @@ def find_divergence(
     source: str,
     rtol: float,
     atol: float,
+    failed: bool = True,
     rewrite: Callable[[nn.Module], nn.Module] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Trace:
@@ -112,7 +113,8 @@ def find_divergence(
         images: what each takes.
         outputs: pairs of their outputs' names.
         source: what the images are, in words.
-        rtol, atol: what counts as agreement, as for outputs.
+        rtol, atol: what counts as agreement of outputs; on the way it is a tenth of it, down to rounding.
+        failed: whether the outputs are past it; if not, the same counts on the way.
         rewrite: from a module to the form of it that was traced, for counterparts that only that form has.
         say: called with a line of text before each step.
 
@@ -123,6 +125,8 @@ def find_divergence(
     if finding := _blame_optimiser(a, b, images, outputs, rtol, atol):
         return Trace(source, "outputs only", findings=(finding,))
     floor = max(FLOORS[a.precision], FLOORS[b.precision])
+    if failed:  # values that carry a fault should not pass for agreeing just because the tolerance is wide
+        rtol = min(rtol, max(rtol / 10, 64 * floor))
     here, there = source_of(a, images[0]), source_of(b, images[1])
     names = {y: x for x, y in outputs}
     common = _common(here.entries, there.entries, names)

@@ -184,7 +184,12 @@ def choices_of_the_first_image_for_all(model):
     shape = "mutation_shape"
     at = list(model.graph.node).index(node)
     model.graph.node.insert(at + 1, helper.make_node("Shape", [f"{value}_right"], [shape]))
-    after(model, value, ("Gather", [..., constant(model, np.array([0]))], {"axis": 0}), ("Expand", [..., shape], {}))
+    after(
+        model,
+        value,
+        ("Gather", [..., constant(model, np.array([0]))], {"axis": 0}),
+        ("Expand", [..., shape], {}),
+    )
     shape_node = next(n for n in model.graph.node if n.output[0] == shape)
     model.graph.node.remove(shape_node)
     model.graph.node.insert(at + 1, shape_node)
