@@ -148,7 +148,7 @@ def plan_for(a: Subject, b: Subject, wanted: tuple[int, int], batches: Sequence[
     sizes = open_sizes((height, width), wanted)
     lowest = (height.proven_from, width.proven_from)
     batch = _joined("batch", a, b)
-    return Plan(tuple(sizes), _batches(a, b, batch, batches), *channels or {3}, proven_from=lowest)
+    return Plan(tuple(sizes), _batches(a, b, batch, batches), channels.pop() if channels else 3, lowest)
 
 
 def _wanted(a: Subject, b: Subject, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -177,14 +177,15 @@ def _joined(name: str, a: Subject, b: Subject) -> Axis:
     fixed = [n for n in (x.fixed, y.fixed) if n is not None]
     multiple = math.lcm(x.multiple, y.multiple)
     lowest = max(x.proven_from, y.proven_from)
+    least, most = max(x.least, y.least), min((n for n in (x.most, y.most) if n is not None), default=None)
     if name == "batch":  # whoever has a fixed one can run several times
-        return Axis(math.lcm(*fixed) if fixed else None)
+        return Axis(math.lcm(*fixed) if fixed else None, least=least, most=most)
     if len(set(fixed)) > 1:
         raise ExportError(
             f"{a.name} takes a {name} of {x.fixed} only and {b.name} of {y.fixed}: no image fits both. Compare "
             f"files of one size, or with an open {name}"
         )
-    return Axis(fixed[0] if fixed else None, multiple, lowest)
+    return Axis(fixed[0] if fixed else None, multiple, lowest, least, most)
 
 
 def _batches(a: Subject, b: Subject, joined: Axis, wanted: Sequence[int]) -> tuple[int, ...]:
@@ -194,7 +195,12 @@ def _batches(a: Subject, b: Subject, joined: Axis, wanted: Sequence[int]) -> tup
     if not claimed and len(is_open) < 2:
         return (joined.fixed or 1,)
     step = joined.fixed or 1
-    return tuple(dict.fromkeys(step * n for n in (wanted if step == 1 else (1, 2))))
+    tried = [step * n for n in (wanted if step == 1 else (1, 2))]
+    most = joined.most or max(tried)
+    if joined.most is None and joined.least == 1:
+        return tuple(dict.fromkeys(tried))
+    inside = [n for n in tried if joined.least <= n <= most]
+    return tuple(dict.fromkeys([*inside, joined.least, most]))
 
 
 def open_sizes(axes: tuple[Axis, Axis], wanted: tuple[int, int]) -> list[tuple[int, int]]:
@@ -205,9 +211,10 @@ def open_sizes(axes: tuple[Axis, Axis], wanted: tuple[int, int]) -> list[tuple[i
             first.append(axis.fixed)
             second.append(axis.fixed)
             continue
-        step = axis.multiple
-        first.append(max(step, want // step * step))
-        second.append(first[-1] + (step if step > 1 else max(shift, 1 - first[-1])))
+        step, most = axis.multiple, axis.most or math.inf
+        first.append(int(min(max(step, axis.least, want // step * step), most)))
+        other = first[-1] + (step if step > 1 else max(shift, 1 - first[-1]))
+        second.append(other if axis.least <= other <= most else axis.least)
     return list(dict.fromkeys([(first[0], first[1]), (second[0], second[1])]))
 
 

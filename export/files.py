@@ -8,6 +8,7 @@ import glob
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,6 +70,17 @@ def _remedy(cause: OSError, target: Path, size: int) -> str:
     return "the storage reports it: write elsewhere, and look after this disk"
 
 
+@contextlib.contextmanager
+def explaining(target: Path, size: int) -> Iterator[None]:
+    """Turn what the system has against writing `size` bytes to `target` into a `WriteError`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(target, size, error) from error
+
+
 def write_atomically(target: Path, data: bytes) -> None:
     """Write `data` beside `target`, then rename: whoever opens `target` sees the old file or the whole new one.
 
@@ -79,8 +91,9 @@ def write_atomically(target: Path, data: bytes) -> None:
         WriteError: an OSError; the disk is full, the folder may not be written, ...
     """
     _remove_leftovers(target)
-    while not _write(target, data):
-        pass
+    with explaining(target, len(data)):
+        while not _write(target, data):
+            pass
 
 
 def _write(target: Path, data: bytes) -> bool:
@@ -99,11 +112,9 @@ def _write(target: Path, data: bytes) -> bool:
             if locked is None:
                 file.close()  # there, an open file may have to keep its name
             os.replace(scratch, target)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise WriteError(target, len(data), error) from error
         raise
     return True
 

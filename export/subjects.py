@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Outputs, evaluation, prepared
+from .capture import PLACES, Outputs, evaluation, prepared
 from .errors import ExportError
 from .graph import summarize, walk
 from .images import Preprocessing, pretrained_cfg
@@ -27,11 +28,15 @@ ENGINES = (".engine", ".plan")
 
 @dataclass(frozen=True)
 class Axis:
-    """Sizes that a side takes along an axis: one (`fixed`), or the multiples of a number, proven from a size on."""
+    """Sizes that a side takes along an axis: one (`fixed`), or the multiples of a number from `least` to `most`.
+
+    From `proven_from` on they are proven, below it is for the verification to try.
+    """
 
     fixed: int | None = None
     multiple: int = 1
     proven_from: int = 1
+    least: int = 1
     most: int | None = None
 
 
@@ -144,10 +149,10 @@ class OnnxSubject(Subject):
         self.channels = channels
         sides = zip(("batch", "height", "width"), (batch, height, width), strict=True)
         self.axes = {axis: self._axis(axis, size) for axis, size in sides}
-        self.preprocessing = self._preprocessing()
-        size = self._entry("input_size")
+        self.preprocessing = _preprocessing(self.meta)
+        size = _entry(self.meta, "input_size")
         self.size = (int(size[-2]), int(size[-1])) if isinstance(size, list) and len(size) > 1 else None
-        classes = self._entry("num_classes")
+        classes = _entry(self.meta, "num_classes")
         self.classes = classes if isinstance(classes, int) and classes else None
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
@@ -171,26 +176,13 @@ class OnnxSubject(Subject):
         """Whether it holds a feature pyramid in place of class scores."""
         return self.outputs[0].name == "stage0"
 
-    def _entry(self, key: str) -> Any:
-        try:
-            return json.loads(self.meta.get(key, "null"))
-        except ValueError:
-            return self.meta[key]
-
     def _axis(self, axis: str, size: int | str) -> Axis:
         if isinstance(size, int):
             return Axis(size)
-        multiple, lowest = (self._entry(f"vitrail.{axis}_{what}") for what in ("multiple", "proven_from"))
+        multiple, lowest = (
+            _entry(self.meta, f"vitrail.{axis}_{what}") for what in ("multiple", "proven_from")
+        )
         return Axis(None, int(multiple or 1), int(lowest or 1))
-
-    def _preprocessing(self) -> Preprocessing | None:
-        found = {key: self._entry(key) for key in Preprocessing.__dataclass_fields__ if key in self.meta}
-        if not {"mean", "std"} <= found.keys():
-            return None
-        try:
-            return Preprocessing.of(nn.Identity(), found)
-        except (TypeError, ValueError) as error:
-            raise ExportError(f"the file's metadata on preprocessing makes no sense: {error}") from error
 
 
 class EngineSubject(Subject):
@@ -209,16 +201,56 @@ class EngineSubject(Subject):
                 f"{os.fspath(path)} is an engine, which runs on a GPU only, and torch sees none here; compare the ONNX "
                 f"file that it was built from, or run this where the GPU is"
             )
-        from .engine import Engine
-
-        self._engine = Engine(path)
+        engine = import_module(".engine", __package__)
+        self._engine = engine.Engine(path)
         self.name = os.fspath(path)
-        self.runtime = f"TensorRT on {torch.cuda.get_device_name()}"
-        self.precision = getattr(self._engine, "dtype", "float32")
+        self.runtime = f"{self._engine.library} on {torch.cuda.get_device_name()}"
+        self.precision = {"fp16": "float16", "bf16": "bfloat16"}.get(
+            str(self._engine.report.get("dtype", "")), "float32"
+        )
+        self.output_names = [output.name for output in self._engine.outputs]
+        self.meta: dict[str, str] = self._engine.report.get("metadata", {})
+        self.preprocessing = _preprocessing(self.meta)
+        self.pictures = self._engine.input.dtype == "uint8"
+        order = (0, 3, 1, 2) if self.pictures else (0, 1, 2, 3)
+        least, best, most = ([shape[i] for i in order] for shape in self._engine.profile)
+        self.channels, self.size = best[1], (best[2], best[3])
+        self.axes = {
+            name: Axis(best[i] if least[i] == most[i] else None, least=least[i], most=most[i])
+            for name, i in PLACES.items()
+        }
+
+    @property
+    def features(self) -> bool:
+        """Whether it holds a feature pyramid in place of class scores."""
+        return self.output_names[0] == "stage0"
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Run the engine."""
         return {name: as_tensor(value) for name, value in self._engine.run(images).items()}
+
+
+def _entry(meta: Mapping[str, str], key: str) -> Any:
+    """An entry of the metadata; values that aren't text are JSON."""
+    try:
+        return json.loads(meta.get(key, "null"))
+    except ValueError:
+        return meta[key]
+
+
+def _preprocessing(meta: Mapping[str, str]) -> Preprocessing | None:
+    """How photos are to be prepared by the metadata, None where it says nothing.
+
+    Raises:
+        ExportError: it makes no sense.
+    """
+    found = {key: _entry(meta, key) for key in Preprocessing.__dataclass_fields__ if key in meta}
+    if not {"mean", "std"} <= found.keys():
+        return None
+    try:
+        return Preprocessing.of(nn.Identity(), found)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"the file's metadata on preprocessing makes no sense: {error}") from error
 
 
 _DTYPES = {"uint8": torch.uint8, "float": torch.float32, "float16": torch.float16, "double": torch.float64}

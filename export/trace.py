@@ -211,14 +211,24 @@ def _common(a: Sequence[Entry], b: Sequence[Entry], names: Mapping[str, str]) ->
     return [entry.key for entry in found] if enough and same else None
 
 
+def _values(source: Source, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Copies of values, since a module may overwrite its own."""
+    held: dict[str, Tensor] = {}
+
+    def see(key: str, value: Tensor) -> None:
+        held[key] = value.clone()
+
+    source.visit(keys, see)
+    return held
+
+
 def _by_name(
     a: Source, b: Source, keys: Sequence[str], names: Mapping[str, str], rtol: float, atol: float
 ) -> dict[str, Match]:
     """Values of the same name, compared."""
     found: dict[str, Match] = {}
     for chunk in b.chunks(set(keys)):
-        held: dict[str, Tensor] = {}
-        b.visit(chunk, lambda key, value, held=held: held.update({key: value.clone()}))
+        held = _values(b, chunk)
         wanted = {names.get(key, key): key for key in chunk}
 
         def see(
@@ -235,8 +245,7 @@ def _by_value(pools: Sequence[Source], graph: Source, rtol: float, atol: float) 
     prints = [Pool(source) for source in pools]
     found: dict[str, Match] = {}
     for chunk in graph.chunks({entry.key for entry in graph.entries}):
-        held: dict[str, Tensor] = {}
-        graph.visit(chunk, lambda key, value, held=held: held.update({key: value.clone()}))
+        held = _values(graph, chunk)
         for pool in prints:
             nearest = {key: pool.nearest(value) for key, value in held.items()}
             readers: dict[str, list[str]] = {}

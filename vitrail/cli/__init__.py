@@ -1,7 +1,8 @@
 """The command line: one module per command, this one to choose among them and to turn errors into exit codes.
 
 0: done. 1: the job failed. 2: wrong use. 130: interrupted. 143: terminated. A user's mistake is one line on stderr
-that says what to do; `--debug` shows where it came from. With `--json` stdout carries one JSON document and nothing else.
+that says what to do; `--debug` shows where it came from. With `--json` stdout carries one JSON document and nothing
+else.
 """
 
 import argparse
