@@ -63,11 +63,9 @@ def after(model, value, *steps):
 def on_input(model, *steps):
     """Put nodes behind the graph's input."""
     source = model.graph.input[0].name
-    first = model.graph.node[0]
     model.graph.node.insert(0, helper.make_node("Identity", [source], ["image"]))
     for node in list(model.graph.node)[1:]:
         node.input[:] = ["image" if name == source else name for name in node.input]
-    del first
     return after(model, "image", *steps)
 
 
@@ -254,9 +252,3 @@ def overflow_in_float16(model):
         ("Cast", [...], {"to": onnx.TensorProto.FLOAT}),
         ("Div", [..., large], {}),
     )
-
-
-def quantised_with_a_wrong_scale(model):
-    """A quarter of the range that a value has, so that the rest is clipped."""
-    node = middle(nodes_of(model, "DequantizeLinear")[:1] or [])
-    raise NotImplementedError(node)
