@@ -13,16 +13,19 @@ from .intermediates import Entry, ModuleSource, OnnxSource
 from .measure import Figures, measure
 
 _SAMPLES = 1024
-_SQUASHING = ("Softmax", "Sigmoid", "Tanh", "_softmax", "sigmoid", "tanh")
-"""Operators whose results may agree to within rounding where what they are computed from does not."""
+_SQUASHING = ("Clip", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Tanh")
+_SQUASHING += ("_softmax", "clamp", "hardsigmoid", "relu", "sigmoid", "tanh")
+_MOVES = ("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze")
+_MOVES += ("Transpose", "Unsqueeze", "cat", "clone", "expand", "permute", "select", "slice", "split")
+_MOVES += ("split_with_sizes", "squeeze", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view")
 
 
 @dataclass(frozen=True)
 class Match:
     """A value and its counterpart `a`: figures, whether they agree, and whether that tells anything.
 
-    Whole numbers (indices), booleans and values that are all the same agree past a fault, too: a choice may stay the
-    same, and the softmax over one score is 1.
+    Whole numbers (indices), booleans and values that are nearly all the same agree past a fault, too: a choice may stay
+    the same, and the softmax over scores near zero is even. So the error has to be small against the spread as well.
     """
 
     a: str
@@ -47,8 +50,8 @@ def match(name: str, expected: Tensor, actual: Tensor, rtol: float, atol: float)
     if expected.is_floating_point() or actual.is_floating_point():
         figures = measure(expected, actual)
         agrees = figures.max_error <= atol + rtol * figures.largest
-        tells = agrees and bool((expected.flatten()[:1] != expected.flatten()).any())
-        return Match(name, shape, figures, agrees, tells)
+        spread = (expected.max() - expected.min()).item() if expected.numel() else 0.0
+        return Match(name, shape, figures, agrees, agrees and figures.max_error < max(rtol, 1e-30) * spread)
     differ = (expected.long() - actual.long()).abs().flatten().double()
     share = (differ > 0).double().mean().item() if len(differ) else 0.0
     worst = differ.max().item() if len(differ) else 0.0
@@ -130,8 +133,9 @@ class Search:
         self._leads = self._before(outputs)
         self._fine = {key for key, known in found.items() if known.agrees}
         if unknown_is_fine:
-            telling = (key for key, known in found.items() if known.tells)
-            self._fine |= self._before(key for key in telling if self._by_key[key].op not in _SQUASHING)
+            squashed = self._squashed()
+            telling = (key for key, known in found.items() if known.tells and key not in squashed)
+            self._fine |= self._before(telling)
         self._incoming: dict[str, float] = {}
         for entry in entries:
             self._incoming[entry.key] = max((self._outgoing(key) for key in entry.inputs), default=0.0)
@@ -146,6 +150,15 @@ class Search:
                 seen.add(key)
                 stack += [name for name in self._by_key[key].inputs if name in self._by_key]
         return seen
+
+    def _squashed(self) -> set[str]:
+        """Values that may agree where what they are computed from does not, and those that only move their numbers."""
+        found: set[str] = set()
+        for entry in self._entries:
+            moved = entry.op in _MOVES and bool(entry.inputs) and found.issuperset(entry.inputs)
+            if entry.op in _SQUASHING or moved:
+                found.add(entry.key)
+        return found
 
     def _outgoing(self, key: str) -> float:
         """Error of a value, or of what it was computed from where it has no counterpart."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .trace import Trace
 
 RTOL, ATOL = 1e-4, 1e-6
-TOLERANCES = {"float32": RTOL, "float16": 1e-2, "bfloat16": 8e-2, "int8": 0.25}
+TOLERANCES = {"float32": RTOL, "float16": 1e-2, "bfloat16": 8e-2, "int8": 0.15}
 """Default `rtol` by the less precise side: a few hundred roundings of that type, far below what a wrong graph does.
 For int8 no error tells a coarse file from a wrong one by itself; look at the cosine and at the classes as well."""
 

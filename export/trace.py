@@ -134,7 +134,7 @@ def find_divergence(
     if common is not None:
         found = _by_name(here, there, common, names, rtol, atol)
         pools = [here]
-        search = Search(there.entries, found, floor, names)
+        search = Search(there.entries, found, floor, _results(there, names))
     else:
         swapped = isinstance(there, ModuleSource) and isinstance(here, OnnxSource)
         if swapped:
@@ -155,11 +155,16 @@ def find_divergence(
             else:
                 pools.append(plain)
         found = _by_value(pools, there, rtol, atol)
-        search = Search(there.entries, found, floor, names, unknown_is_fine=True)
+        search = Search(there.entries, found, floor, _results(there, names), unknown_is_fine=True)
     trace = _trace(source, search, found, pools, there, common is not None)
     if trace.first_key and isinstance(there, OnnxSource):
         findings += explain_choice(there, trace.first_key, found, pools)
     return replace(trace, findings=tuple(findings))
+
+
+def _results(source: Source, names: Mapping[str, str]) -> set[str]:
+    """The values that are the outputs: of a graph by their names, of a module what it computes last."""
+    return set(names) if isinstance(source, OnnxSource) else {source.entries[-1].key}
 
 
 def _agree(figures: Figures, rtol: float, atol: float) -> bool:

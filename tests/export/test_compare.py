@@ -8,7 +8,7 @@ import onnx
 import pytest
 import timm
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 from torch import nn
 
 from vitrail.export import ExportError, Preprocessing, compare, to_onnx
@@ -58,9 +58,12 @@ def edited(path, change):
 
 
 def around(content, value, steps=2):
-    """`value`, what it is computed from within a few nodes, and what is computed from it."""
+    """`value`, its own steps, what it is computed from within a few nodes, and what is computed from it."""
     nodes = list(onnx.load_from_string(content).graph.node)
-    found, edge = {value}, {value}
+    found, edge = (
+        {value, *(node.output[0] for node in nodes if node.output[0].startswith(f"{value}_step"))},
+        {value},
+    )
     for _ in range(steps):
         edge = {name for node in nodes if edge & set(node.output) for name in node.input}
         found |= edge
@@ -146,33 +149,13 @@ def test_an_epsilon_that_was_dropped_is_caught_where_features_are_small(biformer
 
 def test_a_size_frozen_at_the_traced_one_is_caught_by_another_size(make, tmp_path):
     model = make("Windowed")
-    to_onnx(model, tmp_path / "m.onnx", img_size=56, dynamic=("batch", "height", "width"))
+    to_onnx(model, tmp_path / "m.onnx", img_size=56, dynamic=("batch", "height", "width"), verify=False)
     right = compare(model, tmp_path / "m.onnx", img_size=56)
     assert right.passed
     assert len({check.shape[2:] for check in right.checks}) > 1
 
-    def freeze(graph):
-        """Fold the height of the input into a constant, as a constant folder does that trusts the traced shape."""
-        graph.graph.initializer.append(numpy_helper.from_array(np.array([3, 56, 56]), "frozen"))
-        shape = next(node for node in graph.graph.node if node.op_type == "Shape")
-        name = shape.output[0]
-        start, end = (mutations.attribute(shape, key) for key in ("start", "end"))
-        whole = helper.make_node("Shape", shape.input, [f"{name}_batch"], start=0, end=1)
-        both = helper.make_node("Concat", [f"{name}_batch", "frozen"], [f"{name}_all"], axis=0)
-        first, last = start or 0, 4 if end is None else end
-        ends = [
-            mutations.constant(graph, np.array([first])),
-            mutations.constant(graph, np.array([last])),
-        ]
-        cut = helper.make_node("Slice", [f"{name}_all", *ends], [name])
-        at = list(graph.graph.node).index(shape)
-        graph.graph.node.remove(shape)
-        for i, node in enumerate((whole, both, cut)):
-            graph.graph.node.insert(at + i, node)
-
     model_file = onnx.load(tmp_path / "m.onnx")
-    for _ in [n for n in model_file.graph.node if n.op_type == "Shape" and n.input[0] == "input"]:
-        freeze(model_file)
+    mutations.size_frozen(model_file, 56)
     report = compare(model, model_file.SerializeToString(), img_size=56, trace=False)
     assert {check.shape[2:] for check in report.checks if not check.passed} == {
         shape for shape in {check.shape[2:] for check in report.checks} if shape != (56, 56)
@@ -202,7 +185,7 @@ def activations(model):
 def test_a_file_quantised_well_passes_with_the_tolerance_of_8_bits(biformer):
     content, _ = edited(biformer[1], lambda model: quantised(model, activations(model)))
     report = compare(biformer[1], content)
-    assert (report.precision, report.rtol, report.passed) == ("int8", 0.25, True)
+    assert (report.precision, report.rtol, report.passed) == ("int8", 0.15, True)
     assert max(check.max_relative for check in report.checks) > 1e-4
     assert not compare(biformer[1], content, rtol=1e-4, trace=False).passed
 
@@ -211,7 +194,7 @@ def test_a_wrong_scale_is_found_among_right_ones(biformer):
     def spoil(model):
         names = activations(model)
         quantised(model, names)
-        wrong = names[3]
+        wrong = names[0]
         node = next(node for node in model.graph.node if node.output[0] == wrong)
         name = mutations.constant(model, mutations.weight_of(model, node.input[1]) / np.float32(30))
         for each in model.graph.node:
@@ -221,12 +204,10 @@ def test_a_wrong_scale_is_found_among_right_ones(biformer):
 
     right, _ = edited(biformer[1], lambda model: quantised(model, activations(model)))
     content, wrong = edited(biformer[1], spoil)
-    report = compare(right, content, rtol=1e-3)
-    assert not report.passed
-    assert report.trace.first_key in (wrong, f"{wrong}_step0")
-    against = compare(biformer[1], content, rtol=0.05)
-    assert not against.passed
-    assert against.trace.first_key == wrong
+    for reference in (right, biformer[1]):
+        report = compare(reference, content)
+        assert (report.precision, report.passed) == ("int8", False)
+        assert report.trace.first_key in (wrong, f"{wrong}_step0")
 
 
 # --- no false alarms ------------------------------------------------------------------------------------------------------
@@ -260,8 +241,8 @@ def test_sides_can_be_swapped(biformer):
 
 def test_a_file_for_one_image_at_a_time_can_be_the_reference(make, tmp_path):
     model = make("Attentive")
-    to_onnx(model, tmp_path / "one.onnx", img_size=16, dynamic=())
-    to_onnx(model, tmp_path / "any.onnx", img_size=16)
+    to_onnx(model, tmp_path / "one.onnx", img_size=16, dynamic=(), verify=False)
+    to_onnx(model, tmp_path / "any.onnx", img_size=16, verify=False)
     report = compare(tmp_path / "one.onnx", tmp_path / "any.onnx")
     assert report.passed
     assert {check.shape[0] for check in report.checks} == {1, 2, 3, 5}
@@ -356,7 +337,7 @@ def test_another_architecture_with_the_same_weights_is_found_by_value(make):
             self.num_classes = model.num_classes
 
         def forward(self, x):
-            return self.inner.head(self.inner.forward_tokens(x).mean(1))
+            return self.inner(x)
 
     a, b = make("Attentive"), Renamed(make("Attentive"))
     assert compare(a, b, img_size=16).passed

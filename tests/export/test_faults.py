@@ -221,12 +221,12 @@ class Tiny(torch.nn.Sequential):
 MODEL = Tiny().eval()
 
 
-def job(kind, folder, say):
+def job(kind, folder, moment, say):
     if kind == "bytes.bin":
         say("writing the file")
         write_atomically(Path(folder) / kind, bytes(20_000_000))
     else:
-        to_onnx(MODEL, Path(folder) / kind, img_size=16, progress=say)
+        to_onnx(MODEL, Path(folder) / kind, img_size=16, verify="Runtime" in moment, progress=say)
 
 
 def child(kind, folder, moment, number):
@@ -244,7 +244,7 @@ def child(kind, folder, moment, number):
         setattr(os, moment, lambda *args: (strike(), real(*args)))
 
     def run(argv):
-        job(kind, folder, say)
+        job(kind, folder, moment, say)
         return 0
 
     cli._run = run
@@ -312,8 +312,14 @@ def leftovers(folder):
     return [path.name for path in folder.iterdir() if path.name not in WRITERS]
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        (moment, number)
+        for i, moment in enumerate(MOMENTS)
+        for number in (list(CODES) if i > 3 else [list(CODES)[i % 3]])
+    ],
+)
 def test_an_export_that_is_killed_at_this_moment_leaves_the_old_file_and_nothing_else(
     forks, tmp_path, moment, number
 ):

@@ -10,7 +10,7 @@ from vitrail import profiling
 from vitrail.catalog import create_model, model_names
 from vitrail.cli import models
 
-COMMANDS = ["models", "profile", "convert", "export", "export onnx", "build", "doctor", "demo"]
+COMMANDS = ["models", "profile", "convert", "export", "export onnx", "verify", "build", "doctor", "demo"]
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

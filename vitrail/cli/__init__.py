@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from . import build, convert, demo, doctor, export, models, profile, verify
-from .terminal import JobFailed, Terminal, UsageError
+from .terminal import JobFailed, ResultLost, Terminal, UsageError
 
 _DESCRIPTION = """\
 Efficient vision backbones for PyTorch: list them, profile them, load published weights,
@@ -93,12 +93,21 @@ def _run(argv: list[str]) -> int:
             return _execute(args, terminal)
     except BrokenPipeError:
         raise
+    except ResultLost as error:
+        _discard_stdout()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         if debug:
             traceback.print_exc()
         expected = isinstance(error, UsageError | JobFailed | OSError)
         terminal.error(str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)")
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _discard_stdout() -> None:
+    """What is left in the buffer can't be written and should not be complained about when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Terminated(KeyboardInterrupt):
@@ -141,5 +150,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # whoever read our output has left; what a shell reports of a program that SIGPIPE ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 141

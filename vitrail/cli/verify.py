@@ -123,7 +123,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         type=positive_number,
         metavar="X",
         help="largest error relative to the largest value (default: by the less precise side: float32 1e-4, "
-        "float16 0.01, bfloat16 0.08, int8 0.25)",
+        "float16 0.01, bfloat16 0.08, int8 0.15)",
     )
     parser.add_argument(
         "--preprocessing",
