@@ -38,6 +38,8 @@ class Entry:
     inputs: tuple[str, ...]
 
     def __str__(self) -> str:
+        if self.key.startswith(f"{self.where or 'model'}:"):  # of a module, which says it all
+            return self.key
         return f"{self.key} ({self.op}{f', {self.where}' if self.where else ''})"
 
 

@@ -192,7 +192,7 @@ class Search:
         return key in self._found and not self._found[key].agrees
 
     def _growth(self, key: str, error: float) -> float:
-        return error / max(self._incoming[key], self._floor) if error > 4 * self._floor else 0.0
+        return error / max(self._incoming[key], self._floor) if error > 16 * self._floor else 0.0
 
     def last_before(self, key: str) -> tuple[str | None, list[str]]:
         """The latest agreeing value that `key` is computed from, and the values between that have no counterpart."""

@@ -63,7 +63,7 @@ def checks_table(report: VerificationReport) -> Any:
             f"{row.cosine:.6f}",
             "" if row.top1 is None else f"{row.top1} of {row.images}",
             "" if row.top5 is None else f"{row.top5}",
-            Text("passed", "green") if row.passed else Text(row.failure, "red"),
+            Text("passed", "green") if row.passed else Text(row.failure.partition(" (")[0], "red"),
         )
     lines = [Text(problem, "red") for problem in report.problems]
     lines += [Text(f"note: {note}", "yellow") for note in report.notes]
