@@ -26,31 +26,57 @@ INPUT = "input"
 """Name of the file's input."""
 
 
+FORMS = ("classifier", "features", "pre_logits")
+"""What a file can put out: what the model returns, its feature pyramid, or what its classifier reads."""
+
+
+def check_form(model: nn.Module, form: str) -> None:
+    """Raise ValueError unless `model` has what `form` needs."""
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    needed = {"features": ["forward_intermediates"], "pre_logits": ["forward_features", "forward_head"]}
+    if missing := [name for name in needed.get(form, []) if not hasattr(model, name)]:
+        raise ValueError(
+            f"{type(model).__name__} has no {' and no '.join(missing)}, so form={form!r} can't be had; "
+            f"export another form, or give the module methods as timm's models have"
+        )
+
+
+def form_of(names: Sequence[str]) -> str:
+    """The form that outputs of these names belong to."""
+    if list(names) == ["pre_logits"]:
+        return "pre_logits"
+    return "features" if names and names[0] == "stage0" else "classifier"
+
+
 class Outputs(nn.Module):
     """A module whose outputs are a tuple of tensors with known names, whatever `model` returns.
 
     Args:
         model: any module of one image tensor.
-        features: return the feature pyramid, from `model.forward_intermediates`, in place of the output.
+        form: one of `FORMS`. The pyramid comes from `model.forward_intermediates`, the input of the classifier from
+            `model.forward_head(..., pre_logits=True)`, as timm's models have them.
     """
 
-    def __init__(self, model: nn.Module, features: bool = False):
+    def __init__(self, model: nn.Module, form: str = "classifier"):
         super().__init__()
         self.model = model
-        self.features = features
+        self.form = form
         self.names: list[str] = []
         self.training = model.training
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Run the model on images (B, C, H, W); `names` then holds the outputs' names."""
-        if self.features:
-            model: Any = self.model
+        model: Any = self.model
+        if self.form == "features":
             pyramid = model.forward_intermediates(image, intermediates_only=True, output_fmt="NCHW")
             named = [(f"stage{i}", value) for i, value in enumerate(pyramid)]
+        elif self.form == "pre_logits":
+            named = [("pre_logits", model.forward_head(model.forward_features(image), pre_logits=True))]
         else:
-            named = list(_named(self.model(image)))
+            named = list(_named(model(image)))
             if named and named[0][0] == "":
-                named = [("logits" if getattr(self.model, "num_classes", 0) else "output", named[0][1])]
+                named = [("logits" if getattr(model, "num_classes", 0) else "output", named[0][1])]
         self.names = [name for name, _ in named]
         for name, value in named:
             if not isinstance(value, Tensor):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from .errors import ExportError
 from .images import Preprocessing, find_images, load_image
 from .intermediates import Nothing
-from .measure import ATOL, TOLERANCES, Check, VerificationReport, judge
-from .subjects import Axis, ModuleSubject, Subject, subject
+from .measure import TOLERANCES, Check, VerificationReport, judge
+from .runs import Reference, load
+from .subjects import Axis, ModuleSubject, OnnxSubject, Subject, Way, subject
 from .trace import Trace, find_divergence
 
 BATCHES = (1, 2, 3, 5)
@@ -37,9 +39,10 @@ def compare(
     images: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     rtol: float | None = None,
-    atol: float = ATOL,
+    atol: float | None = None,
     seed: int = 0,
-    features: bool = False,
+    form: str | None = None,
+    original: str | os.PathLike[str] | bytes | None = None,
     trace: bool | None = None,
     rewrite: Callable[[nn.Module], nn.Module] | None = None,
     progress: Progress | None = None,
@@ -59,11 +62,11 @@ def compare(
         preprocessing: how photos are prepared, for both; default: what the sides say, and where they say
             different things that is a failure.
         rtol: largest error over the largest magnitude of the output; default: by the less precise side, see
-            `measure.TOLERANCES`.
-        atol: absolute tolerance on top.
+            `vitrail.export.TOLERANCES`.
+        atol: absolute tolerance on top; default likewise.
         seed: of the noise.
-        features: compare the feature pyramid of modules in place of their output; modules beside a file of one
-            do it by themselves.
+        form: what modules are to put out, see `FORMS`; default: what the file beside them does.
+        original: the float32 file that a `b` in half precision was made from; see `vitrail.export.measure`.
         trace: look for the first value on the way that differs; default: where a comparison fails.
         rewrite: from a module to the form that was exported, such as `vitrail.zoo.inference.standard_form`;
             the trace then knows the values that only that form has.
@@ -80,7 +83,7 @@ def compare(
     """
     say = progress or (lambda text: None)
     say("loading both sides")
-    sides = _load(a, b, features)
+    sides = _load(a, b, form)
     if not batches or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batches):
         raise ValueError(f"batches must be whole numbers of at least 1, got {batches!r}")
     plan = plan_for(*sides, _wanted(*sides, img_size), batches)
@@ -90,8 +93,9 @@ def compare(
         *sides,
         plan=plan,
         prepare=prepare,
-        rtol=TOLERANCES[precision] if rtol is None else rtol,
-        atol=atol,
+        rtol=TOLERANCES[precision][0] if rtol is None else rtol,
+        atol=TOLERANCES[precision][1] if atol is None else atol,
+        original=reference_of(original),
         seed=seed,
         progress=say,
         problems=problems,
@@ -103,18 +107,32 @@ def compare(
     return report
 
 
+def reference_of(original: str | os.PathLike[str] | bytes | None) -> Reference | None:
+    """The float32 file whose choices a file in half precision may take; None where it chooses nothing."""
+    if original is None:
+        return None
+    reference = Reference(load(original if isinstance(original, bytes) else Path(original)))
+    return reference if reference.choices else None
+
+
+def pixel_noise(*shape: int, seed: int) -> Tensor:
+    """Seeded uint8 noise, each value as likely as another."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device="cpu")
+
+
 def noise(*shape: int, seed: int) -> Tensor:
     """Seeded normal noise, float32 on the CPU whatever torch's defaults are."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _load(a: Side, b: Side, features: bool) -> tuple[Subject, Subject]:
-    """Both sides; a module beside a file of feature maps gives its own."""
+def _load(a: Side, b: Side, form: str | None) -> tuple[Subject, Subject]:
+    """Both sides; a module beside a file gives what the file does."""
     files = [subject(side) for side in (a, b) if not isinstance(side, nn.Module)]
-    features = features or any(getattr(file, "features", False) for file in files)
+    found = form or next((f for file in files if (f := getattr(file, "form", None))), "classifier")
     rest = iter(files)
-    first, second = (subject(s, features) if isinstance(s, nn.Module) else next(rest) for s in (a, b))
+    first, second = (subject(s, found) if isinstance(s, nn.Module) else next(rest) for s in (a, b))
     return first, second
 
 
@@ -265,7 +283,8 @@ def _close(x: float | tuple[float, ...], y: float | tuple[float, ...]) -> bool:
 class Comparison:
     """Two sides, what is tried with them, and what has come out so far.
 
-    `strict` asks for the same names of outputs and the same dtypes, as a file has them that was exported from `a`.
+    `original` is the file whose choices `b` may take in half precision. `strict` asks for the same names of outputs and
+    the same dtypes, as a file has them that was exported from `a`.
     """
 
     a: Subject
@@ -279,6 +298,7 @@ class Comparison:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     strict: bool = False
+    original: Reference | None = None
     _pairs: list[tuple[str, str]] = field(default_factory=list)
     _suspect: tuple[str, tuple[Tensor, Tensor], bool] | None = None
 
@@ -298,7 +318,7 @@ class Comparison:
                         f"comparing on {source}, {batch} x {self.plan.channels} x {size[0]} x {size[1]}"
                     )
                     checks += self._compare(self._stack(source, loaded, batch, size), batch, source)
-        self.notes += self._remarks(checks, sizes[0])
+        self.notes += [*self.a.remarks, *self.b.remarks, *self._remarks(checks, sizes[0])]
         self.notes = list(dict.fromkeys(self.notes))
         return VerificationReport(
             checks=tuple(checks),
@@ -354,26 +374,23 @@ class Comparison:
         return None
 
     def _stack(self, source: str, photos: Sequence[Any], batch: int, size: tuple[int, int]) -> Tensor:
-        """Inputs: pictures (B, H, W, C) in uint8 where a side takes such, else (B, C, H, W) in float32."""
+        """Inputs (B, C, H, W): pixels in uint8 where a side takes such, else normalised float32."""
         pictures = self.a.pictures or self.b.pictures
         channels = self.plan.channels
         if source == "photos":
             count = max(1, -(-len(photos) // batch)) * batch
             some = islice(cycle(photos), count)
-            if pictures:
-                return torch.stack([self.prepare.pixels(photo, size, channels) for photo in some])
-            return torch.stack([self.prepare(photo, size, channels) for photo in some])
-        if pictures:
-            generator = torch.Generator("cpu").manual_seed(self.seed + batch)
-            return torch.randint(256, (batch, *size, channels), generator=generator, dtype=torch.uint8)
-        return noise(batch, channels, *size, seed=self.seed + batch)
+            pixels = torch.stack([self.prepare.pixels(photo, size, channels) for photo in some])
+            return pixels if pictures else self.prepare.normalise(pixels)
+        draw = pixel_noise if pictures else noise
+        return draw(batch, channels, *size, seed=self.seed + batch)
 
     def _inputs(self, stack: Tensor) -> tuple[Tensor, Tensor]:
         """What each side gets of a stack."""
         if stack.dtype != torch.uint8:
             return stack, stack
-        normal = torch.stack([self.prepare.normalise(pixels) for pixels in stack])
-        return stack if self.a.pictures else normal, stack if self.b.pictures else normal
+        normal, pictures = self.prepare.normalise(stack), stack.permute(0, 2, 3, 1).contiguous()
+        return pictures if self.a.pictures else normal, pictures if self.b.pictures else normal
 
     def _small(self) -> list[tuple[int, int]]:
         """A size below what the export could prove (`vitrail.height_proven_from`), where the reference takes one."""
@@ -390,50 +407,111 @@ class Comparison:
         return [(size[0], size[1])] if tuple(size) != usual else []
 
     def _compare(self, stack: Tensor, batch: int, source: str) -> list[Check]:
-        """Run both on `stack`, `batch` images at a time."""
-        channels_last = stack.dtype == torch.uint8
-        sides = tuple(stack.shape[1:3]) if channels_last else tuple(stack.shape[2:])
-        shape = (batch, self.plan.channels, *sides)
-        expected: list[dict[str, Tensor]] = []
-        actual: list[dict[str, Tensor]] = []
+        """Run both on `stack`, `batch` images at a time, `b` in all of its ways."""
+        shape = (batch, *stack.shape[1:])
         chunks = [self._inputs(chunk) for chunk in stack.split(batch)]
-        for mine, others in chunks:
-            trouble: list[str] = []
-            for side, images, results in ((self.a, mine, expected), (self.b, others, actual)):
-                try:
-                    results.append(_run(side, images))
-                except Exception as error:  # the runtimes' exceptions have no common base
-                    trouble.append(self._refusal(side, error))
-            if trouble:
-                if len(trouble) == 2 and self.a.loose and self.b.loose and sides != self.plan.sizes[0]:
-                    self.notes.append(f"neither side takes images of {' x '.join(map(str, sides))}")
-                    return []
-                return self._failed(source, shape, len(stack), trouble[0])
+        try:
+            expected = [_run(self.a, mine) for mine, _ in chunks]
+        except Exception as error:  # the runtimes' exceptions have no common base
+            if (
+                self.a.loose
+                and self.b.loose
+                and shape[2:] != self.plan.sizes[0]
+                and self._refuses(chunks[0][1])
+            ):
+                self.notes.append(f"neither side takes images of {' x '.join(map(str, shape[2:]))}")
+                return []
+            return self._failed(source, shape, len(stack), self._refusal(self.a, error))
+        checks = []
+        for way in self.b.ways():
+            rows = self._rows(way, expected, chunks, shape, source + way.label)
+            if self.original is not None and not all(row.passed for row in rows):
+                rows = self._held_rows(way, rows, expected, chunks, shape, source + way.label) or rows
+            checks += rows
+        return checks
+
+    def _refuses(self, images: Tensor) -> bool:
+        try:
+            _run(self.b, images)
+        except Exception:  # whatever it says
+            return True
+        return False
+
+    def _rows(
+        self,
+        way: Way,
+        expected: Sequence[Mapping[str, Tensor]],
+        chunks: Sequence[tuple[Tensor, Tensor]],
+        shape: tuple[int, ...],
+        source: str,
+    ) -> list[Check]:
+        count = shape[0] * len(chunks)
+        try:
+            actual = [_run(self.b, others, way.run) for _, others in chunks]
+        except Exception as error:  # the runtimes' exceptions have no common base
+            return self._failed(source, shape, count, self._refusal(self.b, error))
         if reason := self._match_outputs(expected[0], actual[0]):
-            return self._failed(source, shape, len(stack), reason)
+            return self._failed(source, shape, count, reason)
+        rows = self._judged(source, shape, expected, actual)
+        self._remember(rows, chunks, expected, actual, f"{source} {'x'.join(map(str, shape))}")
+        return rows
+
+    def _judged(
+        self,
+        source: str,
+        shape: tuple[int, ...],
+        expected: Sequence[Mapping[str, Tensor]],
+        actual: Sequence[Mapping[str, Tensor]],
+    ) -> list[Check]:
         checks = []
         for x, y in self._pairs:
             e, g = [values[x] for values in expected], [values[y] for values in actual]
-            checks.append(
-                judge(
-                    source,
-                    shape,
-                    y,
-                    e,
-                    g,
-                    self.rtol,
-                    self.atol,
-                    self.labels,
-                    classes=self._holds_classes(y, e[0]),
-                    same_dtype=self.strict,
-                )
-            )
+            classes = self._holds_classes(y, e[0])
+            tolerance = self.rtol, self.atol
+            checks.append(judge(source, shape, y, e, g, *tolerance, self.labels, classes, self.strict))
             if e[0].dtype != g[0].dtype and not self.strict:
                 self.notes.append(
                     f"{y} is {e[0].dtype} in {self.labels[0]} and {g[0].dtype} in {self.labels[1]}"
                 )
-        self._remember(checks, chunks, expected, actual, f"{source} {'x'.join(map(str, shape))}")
         return checks
+
+    def _held_rows(
+        self,
+        way: Way,
+        free: Sequence[Check],
+        expected: Sequence[Mapping[str, Tensor]],
+        chunks: Sequence[tuple[Tensor, Tensor]],
+        shape: tuple[int, ...],
+        source: str,
+    ) -> list[Check] | None:
+        """The rows when the file runs with the choices of its original; None where it chooses as that does."""
+        if way.source is None or self.original is None or not isinstance(self.b, OnnxSubject):
+            return None
+        try:
+            held = [way.source.held_to(self.original, others) for _, others in chunks]
+        except Exception:  # it can't be run so; the rows stand as they are
+            return None
+        differ, count = sum(h.flipped for h in held), sum(h.choices for h in held)
+        if not differ:
+            return None
+        source += ", choices of float32"
+        rows = self._judged(source, shape, expected, [self.b.named(h.outputs) for h in held])
+        for theirs, ours in (pair for h in held for pair in h.scores):
+            # masks are infinite in both
+            pair = [torch.from_numpy(x).nan_to_num(0.0, 0.0, 0.0) for x in (theirs, ours)]
+            scores = judge(
+                source, shape, "scores", pair[:1], pair[1:], self.rtol, self.atol, self.labels, False
+            )
+            if not scores.passed:
+                reason = f"the scores it would choose by differ: {scores.failure}"
+                rows = [replace(row, failure=row.failure or reason) for row in rows]
+                break
+        worst = max((row.max_relative for row in free), key=lambda x: (x != x, x))
+        self.notes.append(
+            f"{source}: {differ} of {count} choices ({differ / count:.2%}) are other ones in this precision; with "
+            f"its own the file is off by up to {worst:.2g} of the largest value"
+        )
+        return [replace(row, flipped=differ, choices=count) for row in rows]
 
     def _refusal(self, side: Subject, error: Exception) -> str:
         if side is self.a and side.loose and not self.b.loose:
@@ -508,12 +586,15 @@ class Comparison:
         return notes
 
 
-def _run(side: Subject, images: Tensor) -> dict[str, Tensor]:
-    """Run a side, as often as its fixed batch asks for."""
+def _run(
+    side: Subject, images: Tensor, run: Callable[[Tensor], dict[str, Tensor]] | None = None
+) -> dict[str, Tensor]:
+    """Run a side (in a way of its own), as often as its fixed batch asks for."""
+    run = run or side.run
     fixed = side.axes["batch"].fixed if "batch" in side.axes else None
     if fixed is None or fixed == len(images):
-        return side.run(images)
-    results = [side.run(chunk) for chunk in images.split(fixed)]
+        return run(images)
+    results = [run(chunk) for chunk in images.split(fixed)]
     return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
 

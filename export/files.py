@@ -41,6 +41,12 @@ def check_target(path: str | os.PathLike[str], suffix: str) -> Path:
     return target
 
 
+def keep_permissions(target: Path, scratch: Path) -> None:
+    """Give `scratch`, which is to replace `target`, the permissions of the file that is there, if one is."""
+    with contextlib.suppress(FileNotFoundError):
+        os.chmod(scratch, stat.S_IMODE(os.stat(target).st_mode))
+
+
 class WriteError(OSError):
     """A file could not be written; nothing of it is there. The message names the file, the reason and the remedy."""
 
@@ -104,8 +110,7 @@ def _write(target: Path, data: bytes) -> bool:
             locked = _lock(file)
             if locked is False or not scratch.exists():
                 return False
-            with contextlib.suppress(FileNotFoundError):  # a replaced file keeps its permissions
-                os.chmod(scratch, stat.S_IMODE(os.stat(target).st_mode))
+            keep_permissions(target, scratch)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

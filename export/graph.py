@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ExportError
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+_INTEGERS = (6, 7)  # onnx.TensorProto.INT32, INT64
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,6 @@ def walk(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 def summarize(model: onnx.ModelProto) -> GraphSummary:
     """Count what is in `model`."""
-    import math
-
     counts = Counter(node.op_type for node in walk(model.graph))
     return GraphSummary(
         opset=opset_of(model),
@@ -69,6 +70,17 @@ def summarize(model: onnx.ModelProto) -> GraphSummary:
 def opset_of(model: onnx.ModelProto) -> int:
     """Version of the standard operator set that the file uses, 0 if it names none."""
     return next((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), 0)
+
+
+def precision_of(model: onnx.ModelProto) -> str:
+    """'float16' or 'bfloat16' where a weight has that type, else 'float32'."""
+    from onnx import TensorProto
+
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    for number, name in ((TensorProto.BFLOAT16, "bfloat16"), (TensorProto.FLOAT16, "float16")):
+        if number in types:
+            return name
+    return "float32"
 
 
 def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
@@ -139,22 +151,37 @@ def check(model: onnx.ModelProto, opset: int) -> None:
         raise ExportError(
             f"the model can't be written at opset {opset} (it came out at {opset_of(model)}); try opset 20"
         )
+    from .precision import skeleton
+
     try:
-        onnx.checker.check_model(model, full_check=True)
+        # large weights play no part, and onnx's checker takes no more than 2 GiB
+        onnx.checker.check_model(skeleton(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
+
+
+def check_file(path: Path) -> None:
+    """Raise `ExportError` unless the file, whose weights are beside it, passes onnx's checker."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(path)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the written file is not valid ONNX: {error}") from error
 
 
 def advice(model: onnx.ModelProto) -> list[str]:
     """What makes the graph slower or larger than it need be, a sentence each; empty when all is well.
 
     Looked for: gathers by expanded index, TopK for one element, LayerNormalization or Gelu spelled out,
-    transposes that cancel out, nodes that do nothing, and nodes of constants alone.
+    transposes that cancel out, reshapes, casts or a slice and a squeeze in a row, nodes that do nothing, and nodes of
+    constants alone.
     """
     graph = model.graph
     producer = {name: node for node in walk(graph) for name in node.output}
     constants = {t.name: t for t in graph.initializer}
     found: Counter[str] = Counter()
+    readers = Counter(name for node in walk(graph) for name in node.input)
     for node in walk(graph):
         above = producer.get(node.input[0]) if node.input else None
         if node.op_type == "GatherElements" and _is(producer.get(node.input[1]), "Expand"):
@@ -169,6 +196,14 @@ def advice(model: onnx.ModelProto) -> list[str]:
             found["a normalisation is spelled out (ReduceMean, Sqrt); LayerNormalization is one kernel"] += 1
         elif node.op_type == "Transpose" and _is(above, "Transpose") and _cancel(above, node):
             found["two Transposes in a row cancel out"] += 1
+        elif node.op_type == "Reshape" and _is(above, "Reshape") and readers[node.input[0]] == 1:
+            found["two Reshapes in a row are one"] += 1
+        elif node.op_type == "Squeeze" and _is(above, "Slice") and readers[node.input[0]] == 1:
+            found["Slice and Squeeze of one row are one Gather, or one Split for all rows"] += 1
+        elif node.op_type == "Cast" and _is(above, "Cast"):
+            found["two Casts in a row are one, or lose digits"] += 1
+        elif node.op_type == "Mul" and any(_single(constants.get(name), floats=True) for name in node.input):
+            found["Mul multiplies by one"] += 1
         elif node.op_type in ("Identity", "Dropout"):
             found[f"{node.op_type} does nothing"] += 1
         elif (
@@ -188,8 +223,9 @@ def _skip_add(node: Any, producer: Mapping[str, Any]) -> Any:
     return producer.get(node.input[0]) if _is(node, "Add") else node
 
 
-def _single(tensor: Any) -> bool:
-    if tensor is None:
+def _single(tensor: Any, floats: bool = False) -> bool:
+    """Whether a tensor is one number, 1; of whole numbers unless `floats`."""
+    if tensor is None or math.prod(tensor.dims) != 1 or floats == (tensor.data_type in _INTEGERS):
         return False
     from onnx import numpy_helper
 

@@ -81,7 +81,7 @@ class Preprocessing:
         return self.normalise(self.pixels(image, size, channels))
 
     def pixels(self, image: Any, size: tuple[int, int], channels: int = 3) -> Tensor:
-        """Resize a PIL image and cut out its centre: uint8 of shape (*size, channels), not normalised."""
+        """Scale and cut a PIL image to uint8 of shape (channels, *size)."""
         import numpy as np
         from PIL import Image
 
@@ -97,17 +97,17 @@ class Preprocessing:
         image = image.resize(scaled, getattr(Image.Resampling, self.interpolation.upper()))
         left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
         image = image.crop((left, top, left + width, top + height))
-        pixels = torch.from_numpy(np.array(image)).reshape(height, width, -1)
-        return torch.stack(list(islice(cycle(pixels.unbind(-1)), channels)), -1)
+        planes = torch.from_numpy(np.array(image, dtype=np.uint8)).reshape(height, width, -1).permute(2, 0, 1)
+        return torch.stack(list(islice(cycle(planes), channels)))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Turn uint8 pixels (H, W, C) into a float32 input (C, H, W)."""
-        channels = pixels.shape[-1]
+        """uint8 (..., channels, height, width) as float32 inputs of the same shape."""
+        channels = pixels.shape[-3]
         mean, std = (
             torch.tensor(list(islice(cycle(values), channels)), dtype=torch.float32)[:, None, None]
             for values in (self.mean, self.std)
         )
-        return ((pixels.permute(2, 0, 1).float() / 255) - mean) / std
+        return (pixels.float() / 255 - mean) / std
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:

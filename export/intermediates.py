@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .capture import evaluation
 from .graph import opset_of, walk
-from .subjects import ModuleSubject, OnnxSubject, open_session
+from .runs import open_session
+from .subjects import ModuleSubject, OnnxSubject
 
 if TYPE_CHECKING:
     import onnx

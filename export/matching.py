@@ -13,11 +13,54 @@ from .intermediates import Entry, ModuleSource, OnnxSource
 from .measure import Figures, measure
 
 _SAMPLES = 1024
-_SQUASHING = ("Clip", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Tanh")
-_SQUASHING += ("_softmax", "clamp", "hardsigmoid", "relu", "sigmoid", "tanh")
-_MOVES = ("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze")
-_MOVES += ("Transpose", "Unsqueeze", "cat", "clone", "expand", "permute", "select", "slice", "split")
-_MOVES += ("split_with_sizes", "squeeze", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view")
+_SQUASHING = frozenset(
+    [
+        "Clip",
+        "HardSigmoid",
+        "Relu",
+        "Sigmoid",
+        "Softmax",
+        "Tanh",
+        "_softmax",
+        "clamp",
+        "hardsigmoid",
+        "relu",
+        "sigmoid",
+        "tanh",
+    ]
+)
+"""Operators whose results may agree where what they are computed from does not."""
+_MOVES = frozenset(
+    [
+        "Cast",
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+        "cat",
+        "clone",
+        "expand",
+        "permute",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "transpose",
+        "unbind",
+        "unsqueeze",
+        "view",
+        "_unsafe_view",
+    ]
+)
+"""Operators that compute nothing."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,10 @@ order differ by 1e-7 to 1e-6 of that magnitude; a wrong graph by 1e-2 and more.)
 itself. Models that *choose* (top-k routing, token selection) can differ by more where two candidates tie to within
 rounding: such a flip shows up as a measured error and fails, and it is for the caller to look at it and to raise
 `rtol`, or not.
+
+Half precision flips such choices often, so there a file that fails is run again with the choices of the float32 file
+that it was made from, where that is given. It passes if all else agrees: the outputs, and the scores that the file
+itself would have chosen by. The report then says how many choices differ, and how far that takes the outputs.
 """
 
 from __future__ import annotations
@@ -23,10 +27,14 @@ from .images import Preprocessing
 if TYPE_CHECKING:
     from .trace import Trace
 
-RTOL, ATOL = 1e-4, 1e-6
-TOLERANCES = {"float32": RTOL, "float16": 1e-2, "bfloat16": 8e-2, "int8": 0.15}
-"""Default `rtol` by the less precise side: a few hundred roundings of that type, far below what a wrong graph does.
-For int8 no error tells a coarse file from a wrong one by itself; look at the cosine and at the classes as well."""
+TOLERANCES = {
+    "float32": (1e-4, 1e-6),
+    "float16": (1e-2, 1e-6),
+    "bfloat16": (8e-2, 1e-6),
+    "int8": (0.15, 1e-6),
+}
+"""rtol and atol by the less precise side, from the more to the less precise. In 8 bits no error tells a coarse file
+from a wrong one by itself: look at the cosine and at the classes as well."""
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 _EXACT = 1 << 22  # values from which on percentiles are those of evenly spaced ones
@@ -40,7 +48,8 @@ class Check:
     output. `percentiles` are those of `PERCENTILES`. `top1` is how many images get the same class from both, `top5` how
     many get the same five best classes in whatever order, None for outputs that are not class scores (of five
     classes and more); they are reported and not judged, since within tolerance only a tie can change a
-    class. `failure` says what is wrong, "" if nothing.
+    class. `failure` says what is wrong, "" if nothing. Where the file ran with the choices of its float32 original,
+    `flipped` of `choices` would have been other ones.
     """
 
     source: str
@@ -53,6 +62,8 @@ class Check:
     cosine: float
     top1: int | None
     failure: str
+    flipped: int | None = None
+    choices: int | None = None
     largest: float = float("nan")
     percentiles: tuple[float, ...] = ()
     top5: int | None = None

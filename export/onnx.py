@@ -1,4 +1,4 @@
-"""`to_onnx`: from a module to one ONNX file of standard operators that is proven to compute the same."""
+"""`to_onnx`: from a module to an ONNX file of standard operators that is proven to compute the same."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from .capture import (
@@ -20,25 +20,36 @@ from .capture import (
     Outputs,
     Sizes,
     capture,
+    check_form,
     evaluation,
     input_value,
     prepared,
     quiet,
     translate,
 )
+from .downgrade import to_opset_17
 from .errors import ExportError
+from .external import is_large, publish, remove_weights, scratch_pair
 from .files import check_target, write_atomically
-from .graph import GraphSummary, TensorInfo, advice, check, clean, summarize
+from .graph import GraphSummary, TensorInfo, advice, check, check_file, clean, summarize
 from .images import Preprocessing, find_images, load_image, pretrained_cfg
+from .metadata import check_classes, describe, installed, text
 from .optimise import optimise
-from .verify import ATOL, RTOL, VerificationReport, default_size, noise, verify_onnx
+from .pixels import take_pixels
+from .precision import check_dtype, convert_precision
+from .runs import load
+from .verify import VerificationReport, default_size, noise, verify_onnx
 
-OPSETS = range(18, 24)
-"""Operator sets that can be written. Torch's translations start at 18; 23 is the newest that the oldest supported
-onnx and ONNX Runtime know. Gelu is one node from 20 on, attention from 23 on; LayerNormalization is one in all."""
+if TYPE_CHECKING:
+    import onnx
 
-_ONE_FILE = 2**31 - 2**24
-"""Bytes of weights that fit in one file: protobuf ends at 2 GiB, less some room for the graph."""
+OPSETS = range(17, 24)
+"""Operator sets that can be written. Torch's translations start at 18, 17 is made from that; 23 is the newest that the
+oldest supported onnx and ONNX Runtime know. Gelu is one node from 20 on, attention from 23 on; LayerNormalization is
+one in all; convolutions in bfloat16 exist from 22 on."""
+
+DEFAULT_OPSETS = {"float32": 20, "float16": 20, "bfloat16": 22}
+_TRANSLATED = 18  # the least that torch translates to
 
 TRACED_BATCH = 2  # 0 and 1 are special to torch.export
 _LARGE = 256
@@ -97,13 +108,16 @@ def to_onnx(
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
     dynamic: Collection[str] = ("batch",),
-    opset: int = 20,
-    features: bool = False,
+    opset: int | None = None,
+    dtype: str = "float32",
+    form: str = "classifier",
+    preprocess: bool = False,
+    classes: Sequence[str] | None = None,
     images: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     verify: bool = True,
-    rtol: float = RTOL,
-    atol: float = ATOL,
+    rtol: float | None = None,
+    atol: float | None = None,
     seed: int = 0,
     metadata: Mapping[str, object] | None = None,
     rewrite: Callable[[nn.Module], nn.Module] | None = None,
@@ -112,22 +126,28 @@ def to_onnx(
     """Write `model` as an ONNX file of standard operators, verified against the model before it appears.
 
     The file has one float32 input, `input` (B, C, H, W), and the output `logits` (`output` for modules that
-    aren't classifiers, `output0`... or the keys for several), or `stage0`... for `features`. On any failure
-    there is no file, and a file that was there before is as it was. The model is left as it was.
+    aren't classifiers, `output0`... or the keys for several), `stage0`... for the form 'features', `pre_logits` for
+    that form. Weights of more than 2 GiB go into a second file beside it. On any failure there is no file, and a file
+    that was there before is as it was. The model is left as it was.
 
     Args:
-        model: any module that takes one image tensor. Models on another device are copied to the CPU.
+        model: any module that takes one image tensor, in float32. Models on another device are copied to the CPU.
         path: where to; ends with `.onnx`. An existing file is replaced, atomically.
         img_size: height and width of the input; default: the model's own (`pretrained_cfg`), else 224.
         in_chans: channels of the input; default: what the model's first convolution takes.
         dynamic: axes that the file leaves open, of 'batch', 'height', 'width'. A fixed batch is 1.
-        opset: version of the operator set, 18 to 23. Under 20, Gelu is spelled out.
-        features: write the feature pyramid (`forward_intermediates`, NCHW) in place of the output.
+        opset: version of the operator set, 17 to 23; default 20, and 22 for bfloat16. Under 20, Gelu is spelled out.
+        dtype: 'float32', 'float16' or 'bfloat16': of weights and activations; see `convert_precision`. The float32
+            graph is verified first. Inputs and outputs are float32 in any case.
+        form: 'classifier' for what the model returns, 'features' for its feature pyramid (`forward_intermediates`,
+            NCHW), 'pre_logits' for what its classifier reads (timm's `forward_head(..., pre_logits=True)`).
+        preprocess: let the file take uint8 (B, H, W, C), of the input's size, and normalise it.
+        classes: names of the classes, for the file's metadata.
         images: photos for the verification (files, folders); default: the two that scikit-learn ships.
         preprocessing: how photos become inputs, also noted in the file: overrides of what the model's
             `pretrained_cfg` says (mean, std, interpolation, crop_pct).
         verify: run the file in ONNX Runtime against the model; see `verify_onnx`.
-        rtol, atol: tolerances of the verification.
+        rtol, atol: tolerances of the verification of the finished file; default: `vitrail.export.TOLERANCES`.
         seed: of the verification's noise.
         metadata: further entries for the file's metadata; they win over the standard ones.
         rewrite: from the model to another module that computes the same, which is traced in its place, such as
@@ -143,6 +163,9 @@ def to_onnx(
     """
     say = progress or (lambda text: None)
     axes = _check_axes(dynamic)
+    check_dtype(dtype)
+    if opset is None:
+        opset = DEFAULT_OPSETS[dtype]
     _check_opset(opset)
     target = check_target(path, ".onnx")
     size = default_size(model, img_size)
@@ -151,20 +174,16 @@ def to_onnx(
     if verify:
         for photo in find_images(images):  # a wrong path should not cost a minute
             load_image(photo)
-    if features and not hasattr(model, "forward_intermediates"):
-        raise ValueError(
-            f"{type(model).__name__} has no forward_intermediates, so features=True can't be had; "
-            f"export it without, or give the module a method as timm's models have"
-        )
+    check_form(model, form)
+    check_classes(model, classes)
     model = prepared(model)
-    _check_weights(model)
     channels = _channels(model) if in_chans is None else in_chans
     if channels < 1:
         raise ValueError(f"in_chans must be positive, got {channels}")
 
     batch = TRACED_BATCH if "batch" in axes else 1
     example = noise(batch, channels, *size, seed=seed)
-    module = Outputs(model if rewrite is None else rewrite(model), features)
+    module = Outputs(model if rewrite is None else rewrite(model), form)
     with evaluation(module):
         say("running the model once")
         names = _dry_run(module, example)
@@ -178,7 +197,7 @@ def to_onnx(
             program, sizes = capture(module, example, axes, opset)
             clock.lap("trace")
             say("translating to ONNX")
-            onnx_program = translate(program, opset)
+            onnx_program = translate(program, max(opset, _TRANSLATED))
             clock.lap("translate")
             say("optimising the graph")
             optimise(onnx_program.model, names)
@@ -186,45 +205,103 @@ def to_onnx(
     say("checking the graph")
     proto = onnx_program.model_proto
     clean(proto, _symbols(input_value(program), axes, sizes))
-    entries = _metadata(model, size, channels, axes, sizes, opset, prepare)
-    entries.update({key: _text(value) for key, value in (metadata or {}).items()})
+    del onnx_program, program, module
+    normalisation = take_pixels(proto, prepare) if preprocess else "outside"
+    if opset < _TRANSLATED:
+        to_opset_17(proto)
+    entries = describe(model, (channels, *size), prepare, classes)
+    entries.update(
+        {
+            "input_layout": "uint8 NHWC" if preprocess else "float32 NCHW",
+            "normalisation": normalisation,
+            "dynamic": text(axes),
+            "opset": text(opset),
+            "form": form,
+            "dtype": dtype,
+            **{f"vitrail.{axis}_multiple": text(s.multiple) for axis, s in sizes.items() if s.multiple > 1},
+            **{f"vitrail.{axis}_proven_from": text(s.lowest) for axis, s in sizes.items() if s.lowest > 1},
+            **{key: text(value) for key, value in (metadata or {}).items()},
+        }
+    )
     del proto.metadata_props[:]
     for key, value in entries.items():
         proto.metadata_props.add(key=key, value=value)
-    proto.producer_name, proto.producer_version = "vitrail", _version("vitrail")
+    proto.producer_name, proto.producer_version = "vitrail", installed("vitrail")
     proto.graph.name = entries["model"]
     check(proto, opset)
-    content = proto.SerializeToString(deterministic=True)
     clock.lap("check")
-    verification = None
-    if verify:
-        verification = verify_onnx(
-            content,
+
+    def verified(
+        candidate: Path | bytes, original: Path | bytes | None, **tolerances: Any
+    ) -> VerificationReport:
+        report = verify_onnx(
+            candidate,
             model,
             img_size=size,
             images=images,
             preprocessing=prepare,
-            rtol=rtol,
-            atol=atol,
             seed=seed,
+            original=original,
             progress=progress,
+            **tolerances,
         )
-        verification.raise_on_failure()
-        clock.lap("verify")
-    say("writing the file")
-    write_atomically(target, content)
+        report.raise_on_failure()
+        return report
+
+    tolerances = {"rtol": rtol, "atol": atol}
+    summary, notes = summarize(proto), _notes(opset, verify) + advice(proto)
+    with ExitStack() as stack:
+        original = _candidate(proto, target, stack)
+        verification = (
+            verified(original, None, **(tolerances if dtype == "float32" else {})) if verify else None
+        )
+        if dtype == "float32":
+            candidate = original
+        else:
+            clock.lap("verify float32")
+            say(f"converting to {dtype}")
+            proto = convert_precision(load(original), dtype)
+            check(proto, opset)
+            summary, notes = summarize(proto), _notes(opset, verify) + advice(proto)
+            clock.lap("convert")
+            candidate = _candidate(proto, target, stack)
+            verification = verified(candidate, original, **tolerances) if verify else None
+        if verify:
+            clock.lap("verify")
+        del proto
+        say("writing the file")
+        size_bytes = _put(candidate, target)
     clock.lap("write")
     return ExportReport(
         path=os.fspath(path),
         model=entries["model"],
-        size_bytes=len(content),
-        graph=summarize(proto),
+        size_bytes=size_bytes,
+        graph=summary,
         dynamic={axis: sizes[axis].describe(_smallest(verification, axis)) for axis in axes},
         metadata=entries,
         seconds=clock.laps,
         verification=verification,
-        notes=tuple(_notes(opset, verify) + advice(proto)),
+        notes=tuple(notes),
     )
+
+
+def _candidate(proto: onnx.ModelProto, target: Path, stack: ExitStack) -> Path | bytes:
+    """What is to become the file: its content, or where it is too large for one file a pair in a folder that is
+    gone when `stack` closes."""
+    if is_large(proto):
+        pair: Path = stack.enter_context(scratch_pair(proto, target))
+        check_file(pair)
+        return pair
+    return proto.SerializeToString(deterministic=True)
+
+
+def _put(candidate: Path | bytes, target: Path) -> int:
+    """Write the file, or move the pair, to where it belongs; returns its bytes."""
+    if isinstance(candidate, Path):
+        return publish(candidate, target)
+    write_atomically(target, candidate)
+    remove_weights(target)
+    return len(candidate)
 
 
 def _check_free(model: nn.Module, size: tuple[int, int], axes: Sequence[str]) -> None:
@@ -297,15 +374,6 @@ def _check_packages(names: Sequence[str]) -> None:
         raise ImportError(f"ONNX export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def _check_weights(model: nn.Module) -> None:
-    unique = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    if (total := sum(unique.values())) > _ONE_FILE:
-        raise ExportError(
-            f"the weights take {total / 2**30:.1f} GiB and one ONNX file holds less than 2; "
-            f"files with weights beside them are not supported yet"
-        )
-
-
 def _channels(model: nn.Module) -> int:
     """Channels that the model takes: what it says, what its first convolution takes, what its weights were for."""
     if isinstance(stated := getattr(model, "in_chans", None), int):
@@ -339,45 +407,6 @@ def _symbols(image: Tensor, axes: Sequence[str], sizes: Mapping[str, Sizes]) -> 
         if sizes[axis].multiple > 1:
             names[traced.split("*")[-1]] = f"({axis}//{sizes[axis].multiple})"
     return names
-
-
-def _metadata(
-    model: nn.Module,
-    size: tuple[int, int],
-    channels: int,
-    axes: Sequence[str],
-    sizes: Mapping[str, Sizes],
-    opset: int,
-    prepare: Preprocessing,
-) -> dict[str, str]:
-    """What someone with the file alone needs in order to feed it, and where it comes from."""
-    config = pretrained_cfg(model)
-    name = ".".join(str(config[key]) for key in ("architecture", "tag") if config.get(key))
-    entries: dict[str, object] = {
-        "model": name or type(model).__name__,
-        "input_size": [channels, *size],
-        **prepare.to_dict(),
-        "num_classes": getattr(model, "num_classes", None),
-        "license": config.get("license"),
-        "dynamic": list(axes),
-        "opset": opset,
-        "vitrail": _version("vitrail"),
-        "torch": torch.__version__,
-        **{f"vitrail.{axis}_multiple": s.multiple for axis, s in sizes.items() if s.multiple > 1},
-        **{f"vitrail.{axis}_proven_from": s.lowest for axis, s in sizes.items() if s.lowest > 1},
-    }
-    return {key: _text(value) for key, value in entries.items() if value is not None}
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _notes(opset: int, verify: bool) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .tidy import tidy
+
 
 def optimise(model: Any, names: Sequence[str]) -> None:
     """Optimise an `onnx_ir.Model` in place; what it computes stays the same up to rounding.
@@ -28,6 +30,7 @@ def optimise(model: Any, names: Sequence[str]) -> None:
         if rules := [rule for op_type, group in _rules().items() if op_type in present for rule in group]:
             rewriter.rewrite(model, rules)
     _cancel_transposes(model.graph)
+    tidy(model.graph)
     finish = [
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

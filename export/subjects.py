@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .capture import PLACES, Outputs, evaluation, prepared
+from .capture import PLACES, Outputs, evaluation, form_of, prepared
 from .errors import ExportError
-from .graph import summarize, walk
+from .graph import precision_of, walk
 from .images import Preprocessing, pretrained_cfg
+from .runs import Run, interface, load, open_runs, runtime_name
 
 if TYPE_CHECKING:
     import onnx
@@ -40,6 +42,15 @@ class Axis:
     most: int | None = None
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to run a side: what its rows in reports are marked with, and for ONNX files the `Run` behind it."""
+
+    label: str
+    run: Callable[[Tensor], dict[str, Tensor]]
+    source: Run | None = None
+
+
 class Subject:
     """One side of a comparison.
 
@@ -56,6 +67,7 @@ class Subject:
         size: the height and width it is meant for, None if it doesn't say.
         pictures: whether its input is uint8 (B, H, W, C) pictures, which it normalises itself.
         classes: number of classes, None where unknown.
+        remarks: what the reader of the figures should know.
         loose: whether it runs at sizes by habit and not by a claim (modules; files claim their open axes).
     """
 
@@ -72,10 +84,15 @@ class Subject:
     pictures = False
     classes: int | None = None
     loose = False
+    remarks: Sequence[str] = ()
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Outputs by name, on the CPU, for images as the side takes them."""
         raise NotImplementedError
+
+    def ways(self) -> list[Way]:
+        """The ways to run it that are to be compared; the first is `run`."""
+        return [Way("", self.run)]
 
 
 class ModuleSubject(Subject):
@@ -83,7 +100,7 @@ class ModuleSubject(Subject):
 
     Args:
         model: any module of one image tensor, any mode; it is left as it was.
-        features: its feature pyramid in place of its output.
+        form: what it is to put out; see `FORMS`.
         name: default: its class, or its architecture by timm's name.
     """
 
@@ -91,9 +108,9 @@ class ModuleSubject(Subject):
     runs = "torch"
     loose = True
 
-    def __init__(self, model: nn.Module, features: bool = False, name: str = ""):
+    def __init__(self, model: nn.Module, form: str = "classifier", name: str = ""):
         self.model = prepared(model)
-        self.module = Outputs(self.model, features)
+        self.module = Outputs(self.model, form)
         config = pretrained_cfg(model)
         self.name = name or str(config.get("architecture") or type(model).__name__)
         self.runtime = f"torch {torch.__version__} CPU"
@@ -124,23 +141,15 @@ class OnnxSubject(Subject):
     runs = "ONNX Runtime"
 
     def __init__(self, source: str | os.PathLike[str] | bytes):
-        import onnx
-
         self.folder = "" if isinstance(source, bytes) else os.path.dirname(os.path.abspath(source))
-        self.content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        self.session = open_session(self.content, self.folder)
-        self.proto = onnx.load_from_string(self.content)
-        self.meta = {entry.key: entry.value for entry in self.proto.metadata_props}
         self.name = "the file" if isinstance(source, bytes) else os.fspath(source)
-        self.precision = precision_of(self.proto)
+        source = source if isinstance(source, bytes) else Path(source)
+        self._ways, self.remarks = open_runs(source)
+        self.precision = _precision(load(source, weights=False))
+        self.proto = self._ways[0].model
         self.runtime = runtime_name()
-        summary = summarize(self.proto)
-        if len(summary.inputs) != 1 or len(summary.inputs[0].shape) != 4:
-            raise ExportError(
-                f"expected a file with one (B, C, H, W) input, got {', '.join(map(str, summary.inputs))}"
-            )
-        self.input, self.outputs = summary.inputs[0], summary.outputs
-        self.output_names = [output.name for output in self.outputs]
+        self.input, outputs, self.meta = interface(self.proto)
+        self.output_names = [output.name for output in outputs]
         self.pictures = self.input.dtype == "uint8"
         batch, *rest = self.input.shape
         channels, height, width = (rest[2], rest[0], rest[1]) if self.pictures else rest
@@ -157,24 +166,37 @@ class OnnxSubject(Subject):
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Run the file."""
-        values = self.run_session(self.session, self.output_names, images)
-        return dict(zip(self.output_names, values, strict=True))
+        return self.named(self._ways[0](self._fed(images)))
+
+    def ways(self) -> list[Way]:
+        """As it is, in half precision also as a copy that rounds; see `open_runs`."""
+        return [Way(run.label, partial(self._by, run), run) for run in self._ways]
+
+    def _by(self, run: Run, images: Tensor) -> dict[str, Tensor]:
+        return self.named(run(self._fed(images)))
+
+    def named(self, values: Sequence[Any]) -> dict[str, Tensor]:
+        """Outputs by name."""
+        return dict(zip(self.output_names, map(as_tensor, values), strict=True))
 
     def run_session(
         self, session: onnxruntime.InferenceSession, names: Sequence[str], images: Tensor
     ) -> list[Tensor]:
         """Outputs of a session made of this file, or of a variation of it."""
-        values = images.to(_DTYPES.get(self.input.dtype, images.dtype))
+        feeds = {self.input.name: self._fed(images).numpy()}
+        return [as_tensor(value) for value in session.run(list(names), feeds)]
+
+    def _fed(self, images: Tensor) -> Tensor:
         if self.input.dtype == "bfloat16":
             raise ExportError(
                 "the file's input is bfloat16, which has no numpy type; write it with float32 inputs"
             )
-        return [as_tensor(v) for v in session.run(list(names), {self.input.name: values.numpy()})]
+        return images.to(_DTYPES.get(self.input.dtype, images.dtype)).contiguous()
 
     @property
-    def features(self) -> bool:
-        """Whether it holds a feature pyramid in place of class scores."""
-        return self.outputs[0].name == "stage0"
+    def form(self) -> str:
+        """The form of the model that its outputs belong to."""
+        return form_of(self.output_names)
 
     def _axis(self, axis: str, size: int | str) -> Axis:
         if isinstance(size, int):
@@ -221,9 +243,9 @@ class EngineSubject(Subject):
         }
 
     @property
-    def features(self) -> bool:
-        """Whether it holds a feature pyramid in place of class scores."""
-        return self.output_names[0] == "stage0"
+    def form(self) -> str:
+        """The form of the model that its outputs belong to."""
+        return form_of(self.output_names)
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Run the engine."""
@@ -256,7 +278,7 @@ def _preprocessing(meta: Mapping[str, str]) -> Preprocessing | None:
 _DTYPES = {"uint8": torch.uint8, "float": torch.float32, "float16": torch.float16, "double": torch.float64}
 
 
-def subject(side: nn.Module | str | os.PathLike[str] | bytes | Subject, features: bool = False) -> Subject:
+def subject(side: nn.Module | str | os.PathLike[str] | bytes | Subject, form: str = "classifier") -> Subject:
     """The side of a comparison that `side` means: a module, or a file by its suffix, or an ONNX file's content.
 
     Raises:
@@ -266,7 +288,7 @@ def subject(side: nn.Module | str | os.PathLike[str] | bytes | Subject, features
     if isinstance(side, Subject):
         return side
     if isinstance(side, nn.Module):
-        return ModuleSubject(side, features)
+        return ModuleSubject(side, form)
     if isinstance(side, bytes):
         return OnnxSubject(side)
     suffix = Path(side).suffix.lower()
@@ -280,56 +302,11 @@ def subject(side: nn.Module | str | os.PathLike[str] | bytes | Subject, features
     )
 
 
-def open_session(content: bytes, folder: str = "", level: str = "all") -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU with torch's number of threads, which do not spin while they wait.
-
-    Args:
-        content: the file's.
-        folder: of the file, where weights outside of it are looked for.
-        level: of ONNX Runtime's optimisation: all, extended, basic, or none (the graph as it is written).
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = {
-        "all": levels.ORT_ENABLE_ALL,
-        "extended": levels.ORT_ENABLE_EXTENDED,
-        "basic": levels.ORT_ENABLE_BASIC,
-        "none": levels.ORT_DISABLE_ALL,
-    }[level]
-    # Spinning workers would slow down torch, which runs in between.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if folder:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's exceptions have no common base
-        raise ExportError(f"ONNX Runtime can't load the file: {error}") from error
-
-
-def runtime_name() -> str:
-    """ONNX Runtime, its version, and how it is used here."""
-    import onnxruntime
-
-    return f"onnxruntime {onnxruntime.__version__} CPU, {torch.get_num_threads()} threads"
-
-
-def precision_of(proto: onnx.ModelProto) -> str:
+def _precision(proto: onnx.ModelProto) -> str:
     """The least precise type that the graph computes in: int8, bfloat16, float16 or float32."""
-    import onnx
-
     if any("QuantizeLinear" in n.op_type or n.op_type.startswith("QLinear") for n in walk(proto.graph)):
         return "int8"
-    types = {tensor.data_type for tensor in proto.graph.initializer}
-    types |= {a.i for n in walk(proto.graph) if n.op_type == "Cast" for a in n.attribute if a.name == "to"}
-    for name, kind in (("bfloat16", onnx.TensorProto.BFLOAT16), ("float16", onnx.TensorProto.FLOAT16)):
-        if kind in types:
-            return name
-    return "float32"
+    return precision_of(proto)
 
 
 def as_tensor(value: Any) -> Tensor:

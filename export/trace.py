@@ -19,7 +19,8 @@ from .capture import plain_operators
 from .intermediates import Entry, ModuleSource, OnnxSource, source_of
 from .matching import Match, Pool, Search, match
 from .measure import Figures, measure
-from .subjects import ModuleSubject, OnnxSubject, Subject, open_session
+from .runs import open_session
+from .subjects import ModuleSubject, OnnxSubject, Subject
 from .ties import explain_choice
 
 FLOORS = {"float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-7}
@@ -192,9 +193,8 @@ def _blame_optimiser(
             swap: bool = swap,
             expected: Mapping[str, Tensor] = expected,
         ) -> bool:
-            session = open_session(this.content, this.folder, level)
-            names = [output.name for output in this.outputs]
-            got = dict(zip(names, this.run_session(session, names, mine), strict=True))
+            session = open_session(this.proto.SerializeToString(), this.folder, level)
+            got = this.named(this.run_session(session, this.output_names, mine))
             pairs = [(got[x], expected[y]) if swap else (expected[x], got[y]) for x, y in outputs]
             return all(_agree(measure(e, g), rtol, atol) for e, g in pairs)
 
@@ -279,7 +279,7 @@ def _plain(
     """The module once more as it was traced: rewritten, its operators as their plain definitions."""
     assert isinstance(subject, ModuleSubject)
     model = subject.model if rewrite is None else rewrite(subject.model)
-    traced = ModuleSubject(model, subject.module.features)
+    traced = ModuleSubject(model, subject.module.form)
     return ModuleSource(traced, images, lambda: plain_operators(opset))
 
 

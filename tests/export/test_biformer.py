@@ -65,7 +65,7 @@ def test_the_file_agrees_with_the_reference_operators_too(tiny):
 
 @pytest.mark.parametrize("name", ["biformer_stl", "biformer_stl_nchw"])
 def test_the_feature_pyramid_exports_at_a_size_that_needs_padding(tmp_path, name):
-    report = to_onnx(short(name), tmp_path / "m.onnx", img_size=(100, 132), features=True)
+    report = to_onnx(short(name), tmp_path / "m.onnx", img_size=(100, 132), form="features")
     assert [value.name for value in report.outputs] == ["stage0", "stage1", "stage2", "stage3"]
     assert report.outputs[0].shape[2:] == (25, 33)
     assert {node.domain for node in onnx.load(tmp_path / "m.onnx").graph.node} <= {"", "ai.onnx"}

@@ -43,6 +43,17 @@ node = helper.make_node
         ),
         ([node("Identity", ["x"], ["y"])], [], "Identity does nothing"),
         ([node("Neg", ["c"], ["y"])], [("c", [3])], "constant inputs alone"),
+        (
+            [node("Reshape", ["x", "i"], ["r"]), node("Reshape", ["r", "i"], ["y"])],
+            [],
+            "two Reshapes in a row",
+        ),
+        (
+            [node("Slice", ["x", "i", "j"], ["r"]), node("Squeeze", ["r"], ["y"])],
+            [],
+            "one Gather, or one Split",
+        ),
+        ([node("Cast", ["x"], ["r"], to=10), node("Cast", ["r"], ["y"], to=1)], [], "two Casts in a row"),
     ],
 )
 def test_wasteful_patterns_are_named(nodes, constants, word):
@@ -69,6 +80,14 @@ def test_wasteful_patterns_are_named(nodes, constants, word):
 )
 def test_patterns_with_a_purpose_are_left_alone(nodes, constants, opset):
     assert advice(model_of(*nodes, constants=constants, opset=opset)) == []
+
+
+def test_a_product_with_one_is_named():
+    model = model_of(node("Mul", ["x", "one"], ["y"]))
+    model.graph.initializer.append(helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]))
+    assert advice(model) == ["Mul multiplies by one"]
+    model.graph.initializer[0].float_data[0] = 2.0
+    assert advice(model) == []
 
 
 def test_repeated_findings_are_counted():

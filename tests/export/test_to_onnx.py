@@ -103,6 +103,22 @@ def test_the_metadata_tells_how_to_feed_the_file(make, tmp_path):
     assert found["torch"] == torch.__version__
     assert found["owner"] == "me"
     assert json.loads(found["classes"]) == ["a", "b"]
+    config = json.loads(found["config"])
+    assert config["class"].endswith("conftest.Attentive")
+    assert (config["architecture"], config["img_size"], config["num_classes"]) == ("attentive", [24, 40], 10)
+    assert {found[key] for key in ("form", "dtype", "input_layout")} == {
+        "classifier",
+        "float32",
+        "float32 NCHW",
+    }
+    assert found["timm"] == timm.__version__
+    assert found["onnx"] == onnx.__version__
+
+
+def test_the_names_of_the_classes_are_noted_in_the_file(make, tmp_path):
+    names = [f"class {i}" for i in range(10)]
+    report = to_onnx(make("Attentive"), tmp_path / "m.onnx", img_size=32, classes=names, verify=False)
+    assert json.loads(report.metadata["classes"]) == names
 
 
 def test_exporting_twice_gives_the_same_bytes(exported, tmp_path):
@@ -111,7 +127,7 @@ def test_exporting_twice_gives_the_same_bytes(exported, tmp_path):
     assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [17, 18, 23])
 def test_the_ends_of_the_opset_range_work(make, tmp_path, opset):
     report = to_onnx(make("Attentive"), tmp_path / "m.onnx", img_size=32, opset=opset)
     assert load(tmp_path / "m.onnx").opset_import[0].version == report.opset == opset
@@ -210,7 +226,8 @@ def test_an_open_size_that_must_be_a_multiple_is_found_reported_and_verified(tmp
 
 def test_features_become_named_outputs(make, tmp_path):
     model = make("Pyramid")
-    report = to_onnx(model, tmp_path / "m.onnx", img_size=32, features=True)
+    report = to_onnx(model, tmp_path / "m.onnx", img_size=32, form="features")
+    assert report.metadata["form"] == "features"
     assert [str(value) for value in report.outputs] == [
         "stage0 float (batch, 16, 4, 4)",
         "stage1 float (batch, 16, 2, 2)",
@@ -416,11 +433,20 @@ def test_an_operator_outside_the_standard_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"opset": 17}, ValueError, "between 18 and 23, got 17"),
-        ({"opset": 99}, ValueError, "between 18 and 23, got 99"),
+        ({"opset": 16}, ValueError, "between 17 and 23, got 16"),
+        ({"opset": 99}, ValueError, "between 17 and 23, got 99"),
         ({"opset": 20.0}, TypeError, "whole number"),
         ({"dynamic": ("batch", "depth")}, ValueError, "names depth; the axes are batch, height, width"),
-        ({"features": True}, ValueError, "Attentive has no forward_intermediates"),
+        ({"form": "features"}, ValueError, "Attentive has no forward_intermediates"),
+        ({"form": "pre_logits"}, ValueError, "Attentive has no forward_features and no forward_head"),
+        (
+            {"form": "logits"},
+            ValueError,
+            "form must be one of classifier, features, pre_logits, got 'logits'",
+        ),
+        ({"dtype": "int8"}, ValueError, "dtype must be one of float32, float16, bfloat16, got 'int8'"),
+        ({"classes": ["cat", "dog"]}, ValueError, "classes has 2 names, and the model has 10 classes"),
+        ({"classes": ["cat", ""] * 5}, ValueError, "none of them empty"),
         ({"img_size": 0}, ValueError, "must be positive, got 0"),
         ({"img_size": (32, 32, 3)}, TypeError, r"whole number or \(height, width\)"),
         ({"img_size": "32"}, TypeError, r"whole number or \(height, width\)"),
@@ -472,12 +498,6 @@ def test_outputs_without_distinct_names_are_refused(tmp_path, outputs):
 
     with pytest.raises(ExportError, match="outputs need distinct names other than 'input'"):
         to_onnx(Named(3, 4, 4), tmp_path / "m.onnx", img_size=32)
-
-
-def test_weights_beyond_one_file_are_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("vitrail.export.onnx._ONE_FILE", 100)
-    with pytest.raises(ExportError, match="one ONNX file holds less than 2"):
-        to_onnx(nn.Conv2d(3, 4, 4), tmp_path / "m.onnx", img_size=32)
 
 
 def test_a_missing_package_is_named_with_the_way_to_get_it(make, tmp_path, monkeypatch):

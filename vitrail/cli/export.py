@@ -21,10 +21,14 @@ examples:
   vitrail export onnx biformer_tiny biformer_tiny.onnx
   vitrail export onnx biformer_small out.onnx --checkpoint biformer_small.safetensors --images photos/
   vitrail export onnx biformer_tiny any.onnx --dynamic batch,height,width --img-size 256x320
-  vitrail export onnx biformer_tiny pyramid.onnx --features --json
+  vitrail export onnx biformer_tiny half.onnx --dtype float16
+  vitrail export onnx biformer_tiny serve.onnx --preprocess --classes imagenet.txt
+  vitrail export onnx biformer_tiny pyramid.onnx --form features --json
 """
 
 _AXES = ("batch", "height", "width")
+_DTYPES = ("float32", "float16", "bfloat16")
+_FORMS = ("classifier", "features", "pre_logits")
 
 
 def _axes(text: str) -> tuple[str, ...]:
@@ -42,6 +46,21 @@ def _images(text: str) -> str:
     if not Path(text).exists():
         raise argparse.ArgumentTypeError(f"there is no file or folder '{text}'")
     return text
+
+
+def _classes(text: str) -> list[str]:
+    try:
+        lines = Path(text).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"the names of classes in '{text}' can't be read: {error}"
+        ) from error
+    names = [line.strip() for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    if empty := [i for i, name in enumerate(names, 1) if not name]:
+        raise argparse.ArgumentTypeError(f"line {empty[0]} of '{text}' is empty; write one class a line")
+    return names
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -85,7 +104,32 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="weights, in our layout or the authors' (default: random weights from --seed)",
     )
     parser.add_argument(
-        "--opset", type=int, default=20, metavar="N", help="operator set (default: %(default)s)"
+        "--opset", type=int, metavar="N", help="operator set, 17 to 23 (default: 20; 22 for bfloat16)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="float32",
+        help="of weights and activations; input and output stay float32, and so do norms, softmax and choices "
+        "inside (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--form",
+        choices=_FORMS,
+        default="classifier",
+        help="what comes out: class scores, the feature pyramid (stage0, stage1, ...), or what the classifier reads "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--preprocess",
+        action="store_true",
+        help="let the file take pixels, uint8 (B, H, W, C), and normalise them itself",
+    )
+    parser.add_argument(
+        "--classes",
+        type=_classes,
+        metavar="FILE",
+        help="names of the classes, one a line, to note in the file",
     )
     parser.add_argument(
         "--images",
@@ -93,9 +137,6 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="PATH",
         help="photos or folders to verify with (default: the two that scikit-learn ships)",
-    )
-    parser.add_argument(
-        "--features", action="store_true", help="write the feature pyramid instead of class scores"
     )
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="write the file without proof"
@@ -116,17 +157,29 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _check_model(model: Any, args: argparse.Namespace) -> None:
+    """Wrong use that only the model can tell."""
+    from ..export.capture import check_form
+    from ..export.metadata import check_classes
+
+    try:
+        check_form(model, args.form)
+        check_classes(model, args.classes)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Export, verify, report."""
     import torch
 
-    from ..catalog import create_model
+    from ..catalog import create_model, family_of
     from ..export import OPSETS, ExportError, VerificationError, to_onnx
     from ..export.images import find_images, load_image
     from ..zoo.inference import standard_form
     from ..zoo.weights import CheckpointError
 
-    if args.opset not in OPSETS:
+    if args.opset is not None and args.opset not in OPSETS:
         raise UsageError(f"--opset must lie between {OPSETS[0]} and {OPSETS[-1]}, got {args.opset}")
     tolerance = {} if args.tolerance is None else {"rtol": args.tolerance, "atol": 0.0}
     for photo in find_images(args.images):
@@ -140,18 +193,22 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         with terminal.steps() as steps:
             steps.begin(f"creating {args.model}")
             model = create_model(args.model, args.img_size, args.num_classes, args.checkpoint)
+            _check_model(model, args)
             report = to_onnx(
                 model,
                 args.output,
                 img_size=args.img_size,
                 dynamic=args.dynamic,
                 opset=args.opset,
-                features=args.features,
+                dtype=args.dtype,
+                form=args.form,
+                preprocess=args.preprocess,
+                classes=args.classes,
                 images=args.images,
                 verify=args.verify,
                 seed=args.seed,
                 progress=steps.begin,
-                metadata={"weights": weights},
+                metadata={"weights": weights, "family": family_of(args.model) or "timm"},
                 rewrite=standard_form,
                 **tolerance,
             )

@@ -177,7 +177,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 images=args.images,
                 preprocessing=chosen,
                 rtol=args.tolerance,
-                atol=0.0 if args.tolerance else 1e-6,
+                atol=None if args.tolerance is None else 0.0,
                 seed=args.seed,
                 trace=args.trace,
                 rewrite=standard_form,
@@ -219,7 +219,7 @@ def _facts(file: "Subject") -> dict[str, Any]:
             facts[key] = json.loads(value)
         except ValueError:
             facts[key] = value
-    return facts | {"features": getattr(file, "features", False)} if facts else {}
+    return facts | {"form": getattr(file, "form", "classifier")} if facts else {}
 
 
 def _model(side: _Side, args: argparse.Namespace, facts: dict[str, Any], named: str | None) -> "Subject":
@@ -247,7 +247,7 @@ def _model(side: _Side, args: argparse.Namespace, facts: dict[str, Any], named: 
     torch.manual_seed(args.seed)
     model = create_model(name, size, classes, weights)
     label = f"{name}@{weights}" if weights else f"{name}, random weights of seed {args.seed}"
-    return ModuleSubject(model, bool(facts.get("features")), label)
+    return ModuleSubject(model, facts.get("form", "classifier"), label)
 
 
 def _known(text: Any) -> str | None:
