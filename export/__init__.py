@@ -1,12 +1,13 @@
 """From a module to a file that is proven to compute the same.
 
-`to_onnx(model, "model.onnx")` writes and verifies, `verify_onnx` verifies a file that is there,
-`convert_precision` takes a float32 graph to float16 or bfloat16.
+`to_onnx(model, "model.onnx")` writes and verifies, `verify_onnx` verifies a file that is there, `compare` any two of
+modules, files and engines, `convert_precision` takes a float32 graph to float16 or bfloat16.
 `to_tensorrt(model, "model.engine")` builds an engine and reports what is in it, `Engine` runs one.
 The packages behind them (onnx, onnxscript, onnxruntime, tensorrt, Pillow, rich) are imported when they are needed.
 """
 
 from .capture import FORMS
+from .compare import compare
 from .engine import Engine, NoGPUError
 from .engine_report import EngineReport, Kernel, Timing
 from .errors import ExportError, VerificationError
@@ -33,6 +34,7 @@ __all__ = [
     "Timing",
     "VerificationError",
     "VerificationReport",
+    "compare",
     "convert_precision",
     "to_onnx",
     "to_tensorrt",

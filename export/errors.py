@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .verify import VerificationReport
+    from .measure import VerificationReport
 
 
 class ExportError(RuntimeError):

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine_report import EngineReport
+    from .measure import VerificationReport
     from .onnx import ExportReport
-    from .verify import VerificationReport
+    from .trace import Trace
 
 
 def report_table(report: ExportReport) -> Any:
@@ -83,12 +84,12 @@ def checks_table(report: VerificationReport) -> Any:
     from rich.text import Text
 
     table = Table(
-        title=f"{report.runtime} against torch (atol {report.atol:g}, rtol {report.rtol:g} of the largest value)",
+        title=f"{report.title} (atol {report.atol:g}, rtol {report.rtol:g} of the largest value)",
         title_justify="left",
     )
     for name in ("input", "shape", "output"):
         table.add_column(name)
-    for name in ("max error", "mean error", "relative", "cosine", "same top-1", "verdict"):
+    for name in ("max error", "mean error", "99%", "relative", "cosine", "same top-1", "top-5", "verdict"):
         table.add_column(name, justify="right")
     for row in report.checks:
         table.add_row(
@@ -97,9 +98,49 @@ def checks_table(report: VerificationReport) -> Any:
             row.output,
             f"{row.max_error:.2g}",
             f"{row.mean_error:.2g}",
+            f"{row.percentiles[2]:.2g}" if row.percentiles else "",
             f"{row.max_relative:.2g}",
             f"{row.cosine:.6f}",
             "" if row.top1 is None else f"{row.top1} of {row.images}",
-            Text("passed", "green") if row.passed else Text(row.failure, "red"),
+            "" if row.top5 is None else f"{row.top5}",
+            Text("passed", "green") if row.passed else Text(row.failure.partition(" (")[0], "red"),
         )
-    return Group(table, *(Text(f"note: {note}", "yellow") for note in report.notes))
+    lines = [Text(problem, "red") for problem in report.problems]
+    lines += [Text(f"note: {note}", "yellow") for note in report.notes]
+    return Group(table, *lines, *(trace_parts(report.trace) if report.trace else []))
+
+
+def trace_parts(trace: Trace) -> list[Any]:
+    """How the error grows on the way, and what was found."""
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Any] = [Text(line, "bold") for line in trace.explain()]
+    if trace.between:
+        shown = ", ".join(trace.between[:6]) + (
+            f", and {len(trace.between) - 6} more" if len(trace.between) > 6 else ""
+        )
+        parts.append(Text(f"between them, without a counterpart: {shown}"))
+    if not trace.places:
+        return parts
+    table = Table(
+        title=f"error on the way, {trace.source}, values matched {trace.how}: "
+        f"{len(trace.growth())} of {len(trace.places)} places",
+        title_justify="left",
+    )
+    table.add_column("value", overflow="fold")
+    table.add_column("compared with", overflow="fold")
+    table.add_column("shape")
+    for name in ("max error", "relative", "cosine"):
+        table.add_column(name, justify="right")
+    for place in trace.growth():
+        style = "" if place.agrees else ("bold red" if place == trace.first else "red")
+        table.add_row(
+            Text(place.b, style),
+            Text("" if place.a == place.b else str(place.a), style),
+            "x".join(map(str, place.shape)),
+            f"{place.max_error:.2g}",
+            f"{place.max_relative:.2g}",
+            f"{place.cosine:.6f}",
+        )
+    return [*parts, table]

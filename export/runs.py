@@ -168,16 +168,31 @@ def session_of(source: Path | bytes | onnx.ModelProto) -> onnxruntime.InferenceS
         return open_session(path)
 
 
-def open_session(source: Path | bytes) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU with torch's number of threads, which do not spin while they wait."""
+def open_session(source: Path | bytes, folder: str = "", level: str = "all") -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU with torch's number of threads, which do not spin while they wait.
+
+    Args:
+        source: the file, or its content.
+        folder: where weights in files of their own are, for a content.
+        level: of ONNX Runtime's optimisation: all, extended, basic, or none (the graph as it is written).
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = {
+        "all": levels.ORT_ENABLE_ALL,
+        "extended": levels.ORT_ENABLE_EXTENDED,
+        "basic": levels.ORT_ENABLE_BASIC,
+        "none": levels.ORT_DISABLE_ALL,
+    }[level]
     # Spinning workers would slow down torch, which runs in between.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if folder:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     content = source if isinstance(source, bytes) else str(source)
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

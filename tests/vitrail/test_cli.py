@@ -19,6 +19,7 @@ COMMANDS = [
     "export",
     "export onnx",
     "export tensorrt",
+    "verify",
     "build",
     "doctor",
     "demo",

@@ -22,6 +22,22 @@ class JobFailed(Exception):
     """The command was fine, its job failed: exit code 1."""
 
 
+class ResultLost(Exception):
+    """The result can't be written to stdout: exit code 1."""
+
+
+@contextmanager
+def _writing_result() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ResultLost(
+            f"the result can't be written to stdout: {error.strerror}; make room where it goes, or send it elsewhere"
+        ) from error
+
+
 def _console(stream: Any) -> "Console":
     from rich.console import Console
 
@@ -77,7 +93,9 @@ class Terminal:
     def result(self, document: dict[str, Any], *renderables: "RenderableType") -> None:
         """Print the result: `document` with `--json`, else the renderables."""
         if self.as_json:
-            print(json.dumps(document, indent=2, allow_nan=False, default=str), file=self._stdout, flush=True)
+            text = json.dumps(document, indent=2, allow_nan=False, default=str)
+            with _writing_result():
+                print(text, file=self._stdout, flush=True)
             return
         console = _console(self._stdout)
         if console.is_terminal:
@@ -86,7 +104,8 @@ class Terminal:
         with console.capture() as capture:
             console.print(*renderables, sep="\n")
         text = "\n".join(line.rstrip() for line in capture.get().splitlines())
-        print(text, file=self._stdout, flush=True)
+        with _writing_result():
+            print(text, file=self._stdout, flush=True)
 
     def error(self, text: str) -> None:
         """Say on stderr what went wrong; with `--json` also in a document on stdout."""
