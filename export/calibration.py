@@ -184,7 +184,7 @@ def find_ranges(
         onnx.save(model, file)
         # it would watch every tensor of every layer and its neighbours
         # 128 bins, its default, are as many as there are steps, and then there is nothing to choose
-        more = {"num_bins": 2048} if method == "entropy" else {}
+        more = {"num_bins": 512} if method == "entropy" else {}
         calibrater = kinds[method](file, augmented_model_path=str(Path(folder) / "watched.onnx"), **more)
         infos = {
             v.name: v for v in (*calibrater.model.graph.value_info, *calibrater.model.graph.output, source)

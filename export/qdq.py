@@ -1,12 +1,12 @@
 """8-bit arithmetic in a graph: which layers can have it, and QuantizeLinear and DequantizeLinear around those that do.
 
-A layer multiplies activations by constant weights (Conv, MatMul, Gemm). In 8 bits its weights are int8, symmetric, with
-a scale for each output channel; what it reads is uint8 with one scale and zero point. Runtimes recognise a layer between
-DequantizeLinear nodes and multiply integers: ONNX Runtime turns MatMul into MatMulIntegerToFloat and Gemm into QGemm,
-which put out float32, and Conv into QLinearConv, whose result is 8 bits, too, so a QuantizeLinear follows it.
+A layer multiplies activations by constant weights (Conv, MatMul, Gemm). In 8 bits its weights are int8, symmetric,
+with a scale for each output channel; what it reads is uint8 with one scale and zero point. Runtimes recognise a layer
+between DequantizeLinear nodes and multiply integers: ONNX Runtime turns MatMul into MatMulIntegerToFloat and Gemm into
+QGemm, which put out float32, and Conv into QLinearConv, whose result is 8 bits, too, so a QuantizeLinear follows it.
 
-The nodes are placed here and not by ONNX Runtime's own quantiser because that quantises a tensor for all of its readers:
-a residual that passes by a layer would lose precision with it, whether the layer's neighbours are quantised or not.
+The nodes are placed here and not by ONNX Runtime's own quantiser because that quantises a tensor for all of its
+readers: a residual that passes by a layer would lose precision with it, and so would a layer left in float32.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ LEVELS = 255
 class Layer:
     """A node that multiplies by constant weights.
 
-    `name` is the node's, `module` the place in the model that its weights come from, as far as the file tells. `axis` is
-    that of output channels in the weight; `bias` is "" where the node adds none.
+    `name` is the node's, `module` the place in the model that its weights come from, as far as the file tells. `axis`
+    is that of output channels in the weight; `bias` is "" where the node adds none.
     """
 
     name: str

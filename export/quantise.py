@@ -56,8 +56,8 @@ _LEAST_GAIN = 1.1
 class LayerResult:
     """What became of a layer, and why.
 
-    `error` is that of the outputs when this layer alone is in 8 bits, `together` what all layers up to this one,
-    from the least sensitive on, should make (the root of the sum of squares), `after` what was measured of the file when
+    `error` is that of the outputs when this layer alone is in 8 bits, `together` what all layers up to this one, from
+    the least sensitive on, should make (the root of the sum of squares), `after` what was measured of the file when
     this layer went back to float32. `speedup` is float32 time over 8-bit time. None where it was not measured.
     """
 
@@ -78,7 +78,10 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class QuantizationCheck:
-    """The file compared on images, so many at a time. `against` is "torch" or "float32 file"; `failure` is "" if good."""
+    """The file compared on images, so many at a time.
+
+    `against` is "torch" or "float32 file"; `failure` says what is wrong, "" if nothing.
+    """
 
     against: str
     images: int
@@ -159,9 +162,9 @@ def quantize_onnx(
     """Write an ONNX file with layers in 8 bits from one in float32, for ONNX Runtime on CPUs.
 
     Standard QuantizeLinear and DequantizeLinear nodes around Conv, MatMul and Gemm with constant weights: weights int8
-    with a scale for each output channel, activations uint8 with one scale, from their ranges over photos. The file keeps
-    its interface, its operator set and its metadata, and gets an entry `quantization`. On any failure there is no file,
-    and one that was there before is as it was.
+    with a scale for each output channel, activations uint8 with one scale, from their ranges over photos. The file
+    keeps its interface, its operator set and its metadata, and gets an entry `quantization`. On any failure there is
+    no file, and one that was there before is as it was.
 
     Args:
         source: the float32 file, or its content, with one float32 input `(B, C, H, W)`.
@@ -172,8 +175,8 @@ def quantize_onnx(
         method: how ranges follow from values: 'minmax', 'entropy' or 'percentile'.
         max_error: tolerance: norm of the outputs' error over the norm of the outputs.
         min_top1: tolerance: the least share of images that keep their first class; 0 leaves it to `max_error`.
-        faster_only: leave layers in float32 that 8 bits do not make faster, as timed on this machine with torch's number
-            of threads. Off, the same images give the same file on every machine.
+        faster_only: leave layers in float32 that 8 bits do not make faster, as timed on this machine with torch's
+            number of threads. Off, the same images give the same file on every machine.
         weight_bits: 8, or 7 for x86 processors without VNNI, whose 8-bit products saturate.
         probes: calibration images that each layer's own error is measured on.
         model: the module that the file is verified against; default: the float32 file itself.
