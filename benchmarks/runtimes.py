@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import find_peers
 from torch import Tensor
 
 from harness import options
@@ -27,7 +28,6 @@ from harness.networks import FUSED, INFERENCE, NETWORKS, Candidate, Group, build
 from harness.peers import Checkout
 from harness.report import Table, machine, milliseconds, publish, ratio
 from harness.timing import GEMM, GEMM_SIDE, Run, alternate, gemm, gemm_rate
-from models import find_peers
 from vitrail.catalog import check_model_name, default_size
 from vitrail.cli.terminal import JobFailed, Terminal, at_least
 from vitrail.export import ExportError, QuantizationReport, quantize_onnx, to_onnx

@@ -169,7 +169,7 @@ class Quantiser:
         made.graph.output.extend(source.output)
         # of what stays in float32; types of other tensors follow
         made.graph.value_info.extend(source.value_info)
-        self._pairs: set[str] = set()
+        self._dequantized: dict[str, str] = {}  # by tensor, the name of what comes out of 8 bits
         for node in source.node:
             layer = by_name.get(node.name)
             if layer is None:
@@ -184,12 +184,12 @@ class Quantiser:
     def _place(self, graph: onnx.GraphProto, node: onnx.NodeProto, layer: Layer) -> None:
         import numpy as np
 
-        if layer.input not in self._pairs:
-            self._pairs.add(layer.input)
-            self._pair(graph, layer.input, layer.input, f"{layer.input}_dequantized")
+        if layer.input not in self._dequantized:
+            self._dequantized[layer.input] = f"{layer.input}_dequantized"
+            self._pair(graph, layer.input, layer.input, self._dequantized[layer.input])
         weight, scale = self._rounded[layer.name]
         inputs = [
-            f"{layer.input}_dequantized",
+            self._dequantized[layer.input],
             self._constant(graph, layer.weight, weight, scale, layer.axis),
         ]
         if layer.bias:
@@ -203,6 +203,7 @@ class Quantiser:
         if layer.op_type == "Conv":
             kept.output[0] = f"{layer.output}_float"
             self._pair(graph, kept.output[0], layer.output, layer.output)
+            self._dequantized[layer.output] = layer.output
 
     def _pair(self, graph: onnx.GraphProto, source: str, tensor: str, target: str) -> None:
         """QuantizeLinear and DequantizeLinear from `source` to `target`, by the range of `tensor`."""

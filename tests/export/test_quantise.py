@@ -167,6 +167,22 @@ def test_other_readers_of_a_tensor_keep_it_in_float32():
     assert "w" not in {t.name for t in made.graph.initializer}
 
 
+def test_between_two_convolutions_numbers_change_once():
+    weights = [numpy_helper.from_array(np.ones((2, 2, 1, 1), np.float32), name) for name in "vw"]
+    nodes = [
+        helper.make_node("Conv", ["x", "v"], ["y"], "first"),
+        helper.make_node("Conv", ["y", "w"], ["z"], "second"),
+    ]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 2, 4, 4]) for name in "xz"]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    layers, ranges = find_layers(model), dict.fromkeys("xyz", Range(-4, 4))
+    made = Quantiser(model, layers, ranges).apply(layers)
+    assert sum(node.op_type == "QuantizeLinear" for node in made.graph.node) == 3
+    images = np.ones((3, 2, 4, 4), np.float32)
+    np.testing.assert_allclose(outputs(made, images)["z"], outputs(model, images)["z"], atol=0.05)
+
+
 def test_layers_that_share_weights_or_multiply_two_activations_are_none():
     weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
     nodes = [

@@ -85,6 +85,23 @@ def test_the_version_is_the_packages(cli):
             ["export", "onnx", "biformer_stl", "out.onnx", "--img-size", "8"],
             "does not run at 8x8: images must be",
         ),
+        (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int8"],
+            "--quantize needs photos to find the ranges of tensors with: add --calibration FOLDER",
+        ),
+        (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--calibration-limit", "64"],
+            "--calibration-limit is for files in 8 bits: add --quantize int8",
+        ),
+        (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int8", "--calibration", "."],
+            ". holds no images",
+        ),
+        (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int4"],
+            "argument --quantize: invalid choice: 'int4'",
+        ),
+        (["export", "onnx", "biformer_tiny", "out.onnx", "--int8-error", "2"], "'2' is no share"),
         (["demo", "--model", "resnet18"], "resnet18 is timm's; choose a model of vitrail's"),
         (["demo", "--image", "absent.jpg"], "there is no file 'absent.jpg'"),
         (["demo", "--image", __file__], "is not an image that can be read"),
@@ -357,6 +374,54 @@ def test_an_export_that_fails_its_verification_is_a_failed_job_without_a_file(cl
     assert result.code == 1
     assert result.document["ok"] is False
     assert not file.exists()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of ten cuttings of photos."""
+    from vitrail.export.images import load_image, sample_photos
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(10):
+        photo = load_image(sample_photos()[i % 2])
+        photo.crop((20 * i, 20 * i, 20 * i + 200, 20 * i + 200)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_an_export_in_8_bits_is_verified_and_says_where_its_error_comes_from(cli, tmp_path, photos):
+    import onnx
+
+    file = tmp_path / "int8.onnx"
+    argv = ["export", "onnx", "test_vit", file, "--quantize", "int8", "--calibration", photos, "--int8-all"]
+    result = cli(*argv, "--json")
+    assert result.code == 0, result.err
+    document = result.document
+    assert document["ok"] is True
+    assert [check["batch"] for check in document["checks"]] == [1, 3]
+    assert {check["against"] for check in document["checks"]} == {"torch"}
+    assert document["float32"]["verification"]["passed"] is True
+    assert document["settings"]["images"] == 10
+    quantised = [layer["name"] for layer in document["layers"] if layer["quantised"]]
+    errors = [layer["error"] for layer in document["layers"]]
+    assert errors == sorted(errors, reverse=True)
+    operators = {node.name: node.op_type for node in onnx.load(file).graph.node}
+    assert {operators[name] for name in quantised} == {"Conv", "MatMul", "Gemm"}
+    assert list(tmp_path.iterdir()) == [photos, file] or list(tmp_path.iterdir()) == [file, photos]
+
+    result = cli(*argv, "--int8-error", "1e-5")
+    assert result.code == 1
+    assert "with one layer left in 8 bits the outputs still have" in result.err
+    assert file.stat().st_size == document["size_bytes"]
+
+
+def test_an_export_in_8_bits_shows_its_layers_by_their_error(cli, tmp_path, photos):
+    argv = ["export", "onnx", "test_vit", tmp_path / "x.onnx", "--quantize", "int8", "--int8-all"]
+    result = cli(*argv, "--calibration", photos, "--calibration-method", "percentile", "--no-verify")
+    assert result.code == 0, result.err
+    assert "where the error comes from, by layer" in result.out
+    assert "blocks.0.mlp.fc1" in result.out
+    assert "percentile of 10 images" in result.out
 
 
 def test_an_export_uses_the_checkpoint(cli, tmp_path):
