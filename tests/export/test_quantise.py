@@ -215,6 +215,23 @@ def test_a_sensitive_layer_is_found_and_stays_in_float32_and_no_other(fragile, p
     assert len(kept) == 1
 
 
+def test_the_report_shows_layers_by_their_error_and_what_became_of_them(fragile, photos, tmp_path):
+    from rich.console import Console
+
+    report = quantize_onnx(
+        fragile[1], tmp_path / "x.onnx", calibration=photos, limit=12, faster_only=False, max_error=0.05
+    )
+    console = Console(width=150)
+    with console.capture() as capture:
+        console.print(report.table())
+    lines = capture.get().splitlines()
+    begun = next(i for i, line in enumerate(lines) if "where the error comes from, by layer" in line)
+    rows = [line for line in lines[begun:] if "MatMul" in line or "Conv" in line or "Gemm" in line]
+    assert ["fragile" in row and "float32: sensitive" in row for row in rows] == [True, False, False, False]
+    assert any("against float32 file" in line for line in lines)
+    assert any("8, not calibrated with" in line for line in lines)
+
+
 def test_a_wide_tolerance_keeps_it_in_8_bits(fragile, photos, tmp_path):
     report = quantize_onnx(
         fragile[1], tmp_path / "int8.onnx", calibration=photos, faster_only=False, max_error=0.99
