@@ -39,6 +39,7 @@ format: $(READY) ## ruff's fixes and formatting, clang-format
 bench: $(READY) ## operators and models against stock PyTorch, timm and, with PEERS=FOLDER, the authors' code
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/models.py $(if $(PEERS),--peers "$(PEERS)")
+	$(BIN)/python benchmarks/runtimes.py $(if $(PEERS),--peers "$(PEERS)")
 
 fuzz: $(READY) ## a million calls of the compiled operators with random and spoiled arguments (half an hour)
 	$(BIN)/python scripts/fuzz_operators.py --calls 1000000

@@ -2,6 +2,7 @@
 
 `to_onnx(model, "model.onnx")` writes and verifies, `verify_onnx` verifies a file that is there, `compare` any two of
 modules, files and engines, `convert_precision` takes a float32 graph to float16 or bfloat16.
+`quantize_onnx("model.onnx", "int8.onnx", calibration="photos")` makes a file of it that multiplies in 8 bits.
 `to_tensorrt(model, "model.engine")` builds an engine and reports what is in it, `Engine` runs one.
 The packages behind them (onnx, onnxscript, onnxruntime, tensorrt, Pillow, rich) are imported when they are needed.
 """
@@ -10,10 +11,11 @@ from .capture import FORMS
 from .compare import compare
 from .engine import Engine, NoGPUError
 from .engine_report import EngineReport, Kernel, Timing
-from .errors import ExportError, VerificationError
+from .errors import ExportError, QuantizationError, VerificationError
 from .images import Preprocessing
 from .onnx import DEFAULT_OPSETS, OPSETS, ExportReport, to_onnx
 from .precision import DTYPES, convert_precision
+from .quantise import QuantizationReport, quantize_onnx
 from .tensorrt import to_tensorrt
 from .verify import TOLERANCES, Check, VerificationReport, verify_onnx
 
@@ -31,11 +33,14 @@ __all__ = [
     "Kernel",
     "NoGPUError",
     "Preprocessing",
+    "QuantizationError",
+    "QuantizationReport",
     "Timing",
     "VerificationError",
     "VerificationReport",
     "compare",
     "convert_precision",
+    "quantize_onnx",
     "to_onnx",
     "to_tensorrt",
     "verify_onnx",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .measure import VerificationReport
+    from .quantise import QuantizationReport
 
 
 class ExportError(RuntimeError):
@@ -18,3 +19,11 @@ class VerificationError(ExportError):
     def __init__(self, report: VerificationReport):
         self.report = report
         super().__init__(report.explain())
+
+
+class QuantizationError(ExportError):
+    """The file in 8 bits is too far from the model, so it was not written. `report` holds the figures by layer."""
+
+    def __init__(self, message: str, report: QuantizationReport):
+        self.report = report
+        super().__init__(message)

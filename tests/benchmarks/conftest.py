@@ -17,6 +17,7 @@ sys.path.insert(0, str(FOLDER))
 
 import models  # noqa: E402
 import operators  # noqa: E402
+import runtimes  # noqa: E402
 
 
 class Result(NamedTuple):
@@ -58,3 +59,8 @@ def _operators() -> ModuleType:
 @pytest.fixture(name="models")
 def _models() -> ModuleType:
     return models
+
+
+@pytest.fixture(name="runtimes")
+def _runtimes() -> ModuleType:
+    return runtimes

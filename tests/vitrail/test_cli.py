@@ -98,6 +98,23 @@ def test_the_version_is_the_packages(cli):
             ["export", "onnx", "biformer_stl", "out.onnx", "--img-size", "8"],
             "does not run at 8x8: images must be",
         ),
+        (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int8"],
+            "--quantize needs photos to find the ranges of tensors with: add --calibration FOLDER",
+        ),
+        (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--calibration-limit", "64"],
+            "--calibration-limit is for files in 8 bits: add --quantize int8",
+        ),
+        (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int8", "--calibration", "."],
+            ". holds no images",
+        ),
+        (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int4"],
+            "argument --quantize: invalid choice: 'int4'",
+        ),
+        (["export", "onnx", "biformer_tiny", "out.onnx", "--int8-error", "2"], "'2' is no share"),
         (["demo", "--model", "resnet18"], "resnet18 is timm's; choose a model of vitrail's"),
         (["demo", "--image", "absent.jpg"], "there is no file 'absent.jpg'"),
         (["demo", "--image", __file__], "is not an image that can be read"),
@@ -410,6 +427,54 @@ def test_an_export_that_fails_its_verification_is_a_failed_job_without_a_file(cl
     result = cli("export", "onnx", "test_vit", file, "--tolerance", "1e-12", "--json")
     assert result.code == 1
     assert result.document["ok"] is False
+    assert not file.exists()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of ten cuttings of photos."""
+    from vitrail.export.images import load_image, sample_photos
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(10):
+        photo = load_image(sample_photos()[i % 2])
+        photo.crop((20 * i, 20 * i, 20 * i + 200, 20 * i + 200)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_an_export_in_8_bits_is_verified_and_says_where_its_error_comes_from(cli, tmp_path, photos):
+    import onnx
+
+    file = tmp_path / "int8.onnx"
+    argv = ["export", "onnx", "test_vit", file, "--quantize", "int8", "--calibration", photos, "--int8-all"]
+    result = cli(*argv, "--json")
+    assert result.code == 0, result.err
+    document = result.document
+    assert document["ok"] is True
+    assert [check["batch"] for check in document["checks"]] == [1, 3]
+    assert {check["against"] for check in document["checks"]} == {"torch"}
+    assert document["float32"]["verification"]["passed"] is True
+    assert document["settings"]["images"] == 10
+    quantised = [layer["name"] for layer in document["layers"] if layer["quantised"]]
+    errors = [layer["error"] for layer in document["layers"]]
+    assert errors == sorted(errors, reverse=True)
+    operators = {node.name: node.op_type for node in onnx.load(file).graph.node}
+    assert "head" in {layer["module"] for layer in document["layers"]}
+    assert {operators[name] for name in quantised} == {"Conv", "MatMul", "Gemm"}
+    assert sorted(tmp_path.iterdir()) == [file, photos]
+
+
+def test_an_export_in_8_bits_that_cannot_be_exact_enough_is_a_failed_job_without_a_file(
+    cli, tmp_path, photos
+):
+    file = tmp_path / "x.onnx"
+    argv = ["export", "onnx", "test_vit", file, "--quantize", "int8", "--calibration", photos, "--int8-all"]
+    result = cli(*argv, "--int8-error", "1e-5", "--no-verify", "--json")
+    assert result.code == 1
+    assert "with one layer left in 8 bits the outputs still have" in result.document["error"]
+    layers = result.document["quantization"]["layers"]
+    assert [layer["quantised"] for layer in layers].count(True) == 1
     assert not file.exists()
 
 

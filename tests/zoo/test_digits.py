@@ -1,52 +1,19 @@
 """The smallest models learn: scikit-learn's digits, in minutes on a CPU."""
 
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
 
 from vitrail.ops import use_ops
 from vitrail.zoo import fuse_for_inference, list_families
 
+from ..digits import digits, train
+
 PICOS = [name for names in list_families().values() for name in names if name.endswith("_pico")]
-EPOCHS = 25
 
 
-@pytest.fixture(scope="module")
-def digits():
-    """Images `(N, 3, 32, 32)` and labels, a quarter of them for testing."""
-    data = load_digits()
-    images = torch.from_numpy(data.images).float().div(8).sub(1)[:, None]
-    images = F.interpolate(images, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1).contiguous()
-    labels = torch.from_numpy(data.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held_out = len(labels) // 4
-    return images[order], labels[order], held_out
-
-
-def train(name, digits, steps=None):
-    """A model after all epochs, or after a few steps, and its losses."""
-    images, labels, held_out = digits
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    batches = torch.arange(held_out, len(labels)).split(64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=EPOCHS * len(batches))
-    losses = []
-    for _ in range(EPOCHS):
-        model.train()
-        for batch in (torch.randperm(len(labels) - held_out) + held_out).split(64):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            if len(losses) == steps:
-                return model, losses
-    return model.eval(), losses
+@pytest.fixture(name="digits", scope="module")
+def _digits():
+    return digits()
 
 
 @pytest.mark.slow

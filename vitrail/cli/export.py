@@ -1,6 +1,8 @@
 """`vitrail export`: a model as a verified ONNX file, and as what is made of it."""
 
 import argparse
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ examples:
   vitrail export onnx biformer_tiny serve.onnx --preprocess --classes imagenet.txt
   vitrail export onnx biformer_tiny pyramid.onnx --form features --json
   vitrail export onnx biformer_tiny fused.onnx --operators fused    # our kernels in TensorRT, see docs/EXPORT.md
+  vitrail export onnx biformer_tiny int8.onnx --checkpoint biformer_tiny.safetensors \\
+      --quantize int8 --calibration photos/ --calibration-limit 256
 """
 
 _AXES = ("batch", "height", "width")
@@ -159,6 +163,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of random weights and noise (default: %(default)s)",
     )
+    _add_quantisation(parser)
     parser.set_defaults(run=run)
     export_tensorrt.add(formats, common)
 
@@ -175,12 +180,119 @@ def _check_model(model: Any, args: argparse.Namespace) -> None:
         raise UsageError(str(error)) from error
 
 
+_QUANTISATION = (
+    "calibration",
+    "calibration_limit",
+    "calibration_method",
+    "int8_error",
+    "int8_top1",
+    "int8_all",
+)
+
+
+def _add_quantisation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "8 bits",
+        "The file is written in float32 and verified, then its layers go to 8 bits, as far as those are faster on\n"
+        "this machine and the outputs stay within a tolerance. The report says what each layer brings.",
+    )
+    group.add_argument("--quantize", choices=("int8",), help="multiply in 8 bits; needs --calibration")
+    group.add_argument(
+        "--calibration", type=_images, metavar="FOLDER", help="photos like those that the model will see"
+    )
+    group.add_argument(
+        "--calibration-limit",
+        type=at_least(8),
+        metavar="N",
+        help="the most photos to calibrate with (default: 128); up to 32 others verify the file",
+    )
+    group.add_argument(
+        "--calibration-method",
+        choices=("minmax", "entropy", "percentile"),
+        help="how the range of a tensor follows from its values (default: minmax)",
+    )
+    group.add_argument(
+        "--int8-error",
+        type=_share,
+        metavar="X",
+        help="largest error of the outputs, as a share of their norm (default: that of vitrail.export)",
+    )
+    group.add_argument(
+        "--int8-top1",
+        type=_share,
+        metavar="X",
+        help="least share of photos that keep their class (default: 0)",
+    )
+    group.add_argument(
+        "--int8-all",
+        action="store_true",
+        default=None,
+        help="quantise layers that are no faster here, too: the same file on every machine",
+    )
+
+
+def _share(text: str) -> float:
+    value = positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share: give a number above 0, at most 1")
+    return value
+
+
+def _quantisation(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `quantize_onnx`, checked before the long work starts."""
+    from ..export.calibration import find_photos
+    from ..export.files import check_target
+    from ..export.images import load_image
+
+    given = [name for name in _QUANTISATION if getattr(args, name) is not None]
+    if args.quantize is None:
+        if given:
+            raise UsageError(f"--{given[0].replace('_', '-')} is for files in 8 bits: add --quantize int8")
+        return {}
+    for option, asked in (
+        (f"--dtype {args.dtype}", args.dtype != "float32"),
+        ("--operators fused", args.operators != "standard"),
+        ("--preprocess", args.preprocess),
+    ):
+        if asked:
+            raise UsageError(
+                f"--quantize starts from a file in float32 of standard operators: leave out {option}"
+            )
+    if args.calibration is None:
+        raise UsageError(
+            "--quantize needs photos to find the ranges of tensors with: add --calibration FOLDER"
+        )
+    named = {
+        "limit": args.calibration_limit,
+        "method": args.calibration_method,
+        "max_error": args.int8_error,
+        "min_top1": args.int8_top1,
+        "faster_only": None if args.int8_all is None else False,
+    }
+    options = {name: value for name, value in named.items() if value is not None}
+    check_target(args.output, ".onnx")
+    try:
+        photos = find_photos(args.calibration, options.get("limit", 128))
+        for photo in {*photos.calibration, *photos.verification}:
+            load_image(photo)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return {"calibration": args.calibration, **options}
+
+
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Export, verify, report."""
     import torch
 
     from ..catalog import create_model, family_of
-    from ..export import OPSETS, ExportError, VerificationError, to_onnx
+    from ..export import (
+        OPSETS,
+        ExportError,
+        QuantizationError,
+        VerificationError,
+        quantize_onnx,
+        to_onnx,
+    )
     from ..export.images import find_images, load_image
     from ..zoo.inference import standard_form
     from ..zoo.weights import CheckpointError
@@ -194,15 +306,18 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         except ValueError as error:
             raise UsageError(str(error)) from error
     weights = Path(args.checkpoint).name if args.checkpoint else f"random, seed {args.seed}"
+    quantisation = _quantisation(args)
     torch.manual_seed(args.seed)
+    quantised = None
     try:
-        with terminal.steps() as steps:
+        with terminal.steps() as steps, tempfile.TemporaryDirectory() as scratch:
+            written = Path(scratch) / "float32.onnx" if quantisation else Path(args.output)
             steps.begin(f"creating {args.model}")
             model = create_model(args.model, args.img_size, args.num_classes, args.checkpoint)
             _check_model(model, args)
             report = to_onnx(
                 model,
-                args.output,
+                written,
                 img_size=args.img_size,
                 dynamic=args.dynamic,
                 opset=args.opset,
@@ -219,6 +334,20 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 operators=args.operators,
                 **tolerance,
             )
+            if quantisation:
+                quantised = quantize_onnx(
+                    written,
+                    args.output,
+                    model=model,
+                    verify=args.verify,
+                    progress=steps.update,
+                    **quantisation,
+                )
+    except QuantizationError as error:
+        if not terminal.as_json:
+            raise JobFailed(str(error)) from error
+        terminal.result({"ok": False, "error": str(error), "quantization": error.report.to_dict()})
+        return 1
     except VerificationError as error:
         if not terminal.as_json:
             raise JobFailed(str(error)) from error
@@ -226,7 +355,12 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         return 1
     except (ExportError, CheckpointError) as error:
         raise JobFailed(str(error)) from error
-    terminal.result({"ok": True, **report.to_dict()}, report.table())
+    if quantised is None:
+        terminal.result({"ok": True, **report.to_dict()}, report.table())
+    else:
+        report = replace(report, path="in float32, not kept")
+        document = {"ok": True, **quantised.to_dict(), "float32": report.to_dict()}
+        terminal.result(document, report.table(), quantised.table())
     if args.checkpoint is None:
         terminal.warn("the weights are random; name a file with --checkpoint for real ones")
     return 0

@@ -1,0 +1,389 @@
+"""Files in 8 bits: what they hold, what is left out and why, and what stops them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from torch import nn
+
+from vitrail.export import ExportError, Preprocessing, QuantizationError, quantize_onnx, to_onnx
+from vitrail.export import quantise as module
+from vitrail.export.calibration import METHODS, find_photos, find_ranges, preprocessing_of
+from vitrail.export.images import load_image, sample_photos
+from vitrail.export.qdq import Quantiser, Range, find_layers
+from vitrail.export.sensitivity import compare, outputs, speedups
+
+
+class Fragile(nn.Module):
+    """Two branches, of which one reads tokens whose first channel is a thousand times the others, for nothing."""
+
+    num_classes = 10
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 8, 8)
+        self.robust = nn.Linear(width, width)
+        self.fragile = nn.Linear(width, width)
+        self.head = nn.Linear(width, self.num_classes)
+        self.fragile.weight.data[:, 0] = 0
+        self.register_buffer("scale", torch.ones(width))
+        self.scale[0] = 1000
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head((self.robust(x) + self.fragile(x * self.scale)).tanh().mean(1))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 20 cuttings of photos, 48 x 48, some of them in a folder of their own."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for i in range(20):
+        photo = load_image(sample_photos()[i % 2])
+        left, top = 30 * i, 15 * i
+        place = folder / "more" if i % 4 == 3 else folder
+        photo.crop((left, top, left + 48, top + 48)).save(place / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory):
+    """A `Fragile` and its file."""
+    torch.manual_seed(0)
+    model = Fragile().eval()
+    path = tmp_path_factory.mktemp("fragile") / "model.onnx"
+    to_onnx(model, path, img_size=32, verify=False)
+    return model, path
+
+
+@pytest.fixture(scope="module")
+def quantised(exported, photos, tmp_path_factory):
+    """The file of `exported` in 8 bits, all layers of it, and the report."""
+    model, source, _ = exported
+    path = tmp_path_factory.mktemp("quantised") / "int8.onnx"
+    report = quantize_onnx(source, path, calibration=photos, limit=12, model=model, faster_only=False)
+    return path, report
+
+
+def optimised(path, tmp_path):
+    """Types of the nodes that ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+# --- what is in the file ----------------------------------------------------------------------------------------------
+
+
+def test_the_runtime_multiplies_integers(quantised, tmp_path):
+    path, report = quantised
+    found = optimised(path, tmp_path)
+    assert {"QLinearConv", "MatMulIntegerToFloat", "QGemm"} <= set(found)
+    assert "Conv" not in found
+    assert len(report.layers) == 3
+    assert report.excluded == ()
+
+
+def test_weights_are_int8_with_a_scale_for_each_channel_and_activations_uint8(quantised):
+    path, _ = quantised
+    graph = onnx.load(path).graph
+    values = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    of_weights = [n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in values]
+    shapes = {values[n.input[0]].shape: values[n.input[1]].shape for n in of_weights}
+    assert shapes == {(16, 3, 8, 8): (16,), (16,): (16,), (16, 48): (48,), (10, 16): (10,), (10,): (10,)}
+    assert {str(values[n.input[0]].dtype) for n in of_weights} == {"int8", "int32"}
+    zeros = [values[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"]
+    assert [(z.dtype, z.shape) for z in zeros] == [(np.uint8, ())] * 4
+
+
+def test_it_keeps_its_interface_its_operator_set_and_its_metadata(exported, quantised):
+    plain, made = onnx.load(exported[1]), onnx.load(quantised[0])
+    assert list(made.graph.input) == list(plain.graph.input)
+    assert list(made.graph.output) == list(plain.graph.output)
+    assert list(made.opset_import) == list(plain.opset_import)
+    meta = {entry.key: entry.value for entry in made.metadata_props}
+    entry = json.loads(meta.pop("quantization"))
+    assert meta == {entry.key: entry.value for entry in plain.metadata_props}
+    assert entry["weights"] == "int8, 8 bits, per channel"
+    assert entry["activations"] == "uint8, per tensor"
+    assert (entry["calibration"], entry["images"], entry["layers"]) == ("minmax", 12, 3)
+    assert entry["float32"] == {}
+    assert 0 < entry["error"] < 0.1
+    assert len(entry["errors"]) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_it_computes_the_same_at_any_batch_size(exported, quantised, batch):
+    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1)).numpy()
+    plain, made = (outputs(Path(path).read_bytes(), images) for path in (exported[1], quantised[0]))
+    assert compare(plain, made).error < 0.1
+    alone = outputs(Path(quantised[0]).read_bytes(), images, size=1)
+    np.testing.assert_allclose(made["logits"], alone["logits"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_fixed_batch_stays_one(make, photos, tmp_path):
+    model = make("Attentive")
+    to_onnx(model, tmp_path / "one.onnx", img_size=32, dynamic=(), verify=False)
+    report = quantize_onnx(
+        tmp_path / "one.onnx", tmp_path / "int8.onnx", calibration=photos, model=model, faster_only=False
+    )
+    assert [check.batch for check in report.checks] == [1]
+    assert report.passed
+
+
+def test_feature_pyramids_are_verified_output_by_output(make, photos, tmp_path):
+    model = make("Pyramid")
+    to_onnx(model, tmp_path / "features.onnx", img_size=32, features=True, verify=False)
+    report = quantize_onnx(
+        tmp_path / "features.onnx", tmp_path / "int8.onnx", calibration=photos, model=model, faster_only=False
+    )
+    assert report.passed
+    assert report.result.top1 is None
+    assert [output.name for output in report.graph.outputs] == ["stage0", "stage1"]
+
+
+def test_other_readers_of_a_tensor_keep_it_in_float32():
+    weight = np.eye(4, dtype=np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"], "layer"),
+        helper.make_node("Add", ["x", "y"], ["z"], "residual"),
+    ]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in "xz"]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    made = Quantiser(model, find_layers(model), {"x": Range(-1, 1)}).apply(find_layers(model))
+    by_name = {node.name: node for node in made.graph.node}
+    assert by_name["residual"].input[0] == "x"
+    assert by_name["layer"].input[0] != "x"
+    assert "w" not in {t.name for t in made.graph.initializer}
+
+
+def test_between_two_convolutions_numbers_change_once():
+    weights = [numpy_helper.from_array(np.ones((2, 2, 1, 1), np.float32), name) for name in "vw"]
+    nodes = [
+        helper.make_node("Conv", ["x", "v"], ["y"], "first"),
+        helper.make_node("Conv", ["y", "w"], ["z"], "second"),
+    ]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 2, 4, 4]) for name in "xz"]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    layers, ranges = find_layers(model), dict.fromkeys("xyz", Range(-4, 4))
+    made = Quantiser(model, layers, ranges).apply(layers)
+    assert sum(node.op_type == "QuantizeLinear" for node in made.graph.node) == 3
+    images = np.ones((3, 2, 4, 4), np.float32)
+    np.testing.assert_allclose(outputs(made, images)["z"], outputs(model, images)["z"], atol=0.05)
+
+
+def test_layers_that_share_weights_or_multiply_two_activations_are_none():
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["b"]),
+        helper.make_node("MatMul", ["a", "b"], ["y"]),
+    ]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in "xy"]
+    model = helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], [weight]))
+    assert find_layers(model) == []
+
+
+# --- what is left in float32 ------------------------------------------------------------------------------------------
+
+
+def test_a_sensitive_layer_is_found_and_stays_in_float32_and_no_other(fragile, photos, tmp_path):
+    model, source = fragile
+    path = tmp_path / "int8.onnx"
+    report = quantize_onnx(source, path, calibration=photos, model=model, faster_only=False, max_error=0.05)
+    worst, *others = report.layers
+    assert worst.module == "fragile"
+    assert worst.error > 10 * others[0].error
+    assert [layer.module for layer in report.excluded] == ["fragile"]
+    assert worst.verdict == "float32: sensitive"
+    assert worst.after == report.result.error <= 0.05 < report.everything.error
+    made = onnx.load(path)
+    entry = json.loads(next(e.value for e in made.metadata_props if e.key == "quantization"))
+    assert entry["float32"] == {worst.name: "sensitive"}
+    kept = {t.name for t in made.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+    assert len(kept) == 1
+
+
+def test_the_report_shows_layers_by_their_error_and_what_became_of_them(fragile, photos, tmp_path):
+    from rich.console import Console
+
+    report = quantize_onnx(
+        fragile[1], tmp_path / "x.onnx", calibration=photos, limit=12, faster_only=False, max_error=0.05
+    )
+    console = Console(width=150)
+    with console.capture() as capture:
+        console.print(report.table())
+    lines = capture.get().splitlines()
+    begun = next(i for i, line in enumerate(lines) if "where the error comes from, by layer" in line)
+    rows = [line for line in lines[begun:] if "MatMul" in line or "Conv" in line or "Gemm" in line]
+    assert ["fragile" in row and "float32: sensitive" in row for row in rows] == [True, False, False, False]
+    assert any("against float32 file" in line for line in lines)
+    assert any("8, not calibrated with" in line for line in lines)
+
+
+def test_a_wide_tolerance_keeps_it_in_8_bits(fragile, photos, tmp_path):
+    report = quantize_onnx(
+        fragile[1], tmp_path / "int8.onnx", calibration=photos, faster_only=False, max_error=0.99
+    )
+    assert report.excluded == ()
+    assert report.everything == report.result
+    assert report.layers[0].together >= report.layers[0].error
+
+
+def test_layers_that_are_no_faster_stay_in_float32(exported, photos, tmp_path, monkeypatch):
+    model, source, _ = exported
+    by_type = {"Conv": 0.9, "MatMul": 2.0, "Gemm": 1.2}
+    monkeypatch.setattr(
+        module, "speedups", lambda model, layers, *_: {x.name: by_type[x.op_type] for x in layers}
+    )
+    report = quantize_onnx(source, tmp_path / "int8.onnx", calibration=photos, model=model)
+    assert [(x.operator, x.verdict, x.speedup) for x in report.excluded] == [
+        ("Conv", "float32: no faster", 0.9)
+    ]
+    assert report.excluded[0].error is None
+    monkeypatch.setattr(
+        module, "speedups", lambda model, layers, *_: dict.fromkeys((x.name for x in layers), 0.5)
+    )
+    with pytest.raises(
+        ExportError, match=r"none of the 3 layers faster on this machine \(the best by 0.50x\)"
+    ):
+        quantize_onnx(source, tmp_path / "none.onnx", calibration=photos)
+    assert not (tmp_path / "none.onnx").exists()
+
+
+def test_every_layer_is_timed_in_both_precisions(exported):
+    plain = onnx.load(exported[1])
+    layers = find_layers(plain)
+    image = np.zeros((1, 3, 32, 32), np.float32)
+    ranges = {name: Range(-1, 1) for layer in layers for name in (layer.input, layer.output)}
+    found = speedups(plain, layers, ranges, image, lambda *_: None)
+    assert set(found) == {layer.name for layer in layers}
+    assert all(0 < ratio < 100 for ratio in found.values())
+
+
+# --- what stops it ----------------------------------------------------------------------------------------------------
+
+
+def test_a_tolerance_that_cannot_be_met_leaves_the_old_file_and_says_who_is_to_blame(
+    exported, photos, tmp_path
+):
+    path = tmp_path / "int8.onnx"
+    path.write_bytes(b"old")
+    with pytest.raises(
+        QuantizationError, match="with one layer left in 8 bits the outputs still have"
+    ) as caught:
+        quantize_onnx(exported[1], path, calibration=photos, faster_only=False, max_error=1e-7)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert caught.value.report.layers[0].module in str(caught.value)
+    json.dumps(caught.value.report.to_dict(), allow_nan=False)
+
+
+def test_a_file_of_another_model_is_not_taken_for_this_one(make, exported, photos, tmp_path):
+    other = make("Attentive")
+    other.head.weight.data.neg_()
+    with pytest.raises(QuantizationError, match="too far from the torch model: error"):
+        quantize_onnx(exported[1], tmp_path / "int8.onnx", calibration=photos, model=other, faster_only=False)
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_it_is_verified_on_images_that_it_has_not_seen_where_there_are_enough(photos):
+    found = find_photos(photos, limit=12)
+    assert (len(found.calibration), len(found.verification), found.held_out) == (12, 8, True)
+    found = find_photos(photos, limit=100)
+    assert (len(found.calibration), found.held_out) == (20, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "mean"}, "method must be one of minmax, entropy, percentile, got 'mean'"),
+        ({"limit": 3}, "at least 8 images are needed to calibrate with, got a limit of 3"),
+        ({"max_error": 0}, "max_error must lie between 0 and 1, got 0"),
+        ({"min_top1": 1.5}, "min_top1 is a share and must lie between 0 and 1, got 1.5"),
+        ({"weight_bits": 4}, "weight_bits must be 8 or 7, got 4"),
+        ({"probes": 0}, "probes must be at least 1, got 0"),
+        ({"preprocessing": {"blur": 1}}, "preprocessing has no blur; its fields are mean, std"),
+    ],
+)
+def test_wrong_arguments_are_named(exported, photos, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_onnx(exported[1], tmp_path / "x.onnx", **{"calibration": photos, **arguments})
+
+
+def test_a_folder_without_images_with_too_few_or_with_a_broken_one_is_refused(exported, tmp_path):
+    folder = tmp_path / "folder"
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*folder to calibrate with"):
+        quantize_onnx(exported[1], tmp_path / "x.onnx", calibration=folder)
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"holds no images .* too few to calibrate with: give at least 8"):
+        quantize_onnx(exported[1], tmp_path / "x.onnx", calibration=folder)
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    with pytest.raises(ValueError, match="holds 1 image "):
+        quantize_onnx(exported[1], tmp_path / "x.onnx", calibration=folder)
+    for i in range(1, 9):
+        (folder / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1\.png is not an image that can be read"):
+        quantize_onnx(exported[1], tmp_path / "x.onnx", calibration=folder)
+
+
+def test_files_that_cannot_be_quantised_say_why(quantised, photos, tmp_path):
+    with pytest.raises(ExportError, match="is quantised already; start from the float32 file"):
+        quantize_onnx(quantised[0], tmp_path / "x.onnx", calibration=photos)
+    with pytest.raises(ExportError, match="is no ONNX file"):
+        quantize_onnx(b"no file", tmp_path / "x.onnx", calibration=photos)
+    to_onnx(nn.AvgPool2d(2), tmp_path / "pool.onnx", img_size=32, verify=False)
+    with pytest.raises(ExportError, match="has nothing to quantise: no Conv, MatMul or Gemm"):
+        quantize_onnx(tmp_path / "pool.onnx", tmp_path / "x.onnx", calibration=photos)
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranges_follow_the_values_and_the_finer_methods_cut_outliers_off(method):
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 1, 100, 100]) for name in "xy"]
+    model = helper.make_model(
+        helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", info[:1], info[1:]),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    images = np.random.default_rng(0).normal(size=(40, 1, 100, 100)).astype(np.float32)
+    images[0, 0, 0, 0] = 100
+    counted = []
+    found = find_ranges(model, ["x", "y"], images, method, lambda *state: counted.append(state))
+    assert found["y"].low == 0
+    assert found["x"].low == pytest.approx(-4.5, abs=1)
+    if method == "minmax":
+        assert found["y"].high == 100
+    else:
+        assert 3 < found["y"].high < 60
+    assert counted[-1] == (40, 40, f"calibrating ({method})")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(-1, 1, 128), (0.5, 2.55, 0), (-2.55, -1, 255), (0, 0, 0)]
+)
+def test_zero_is_a_number_of_every_scale(low, high, expected):
+    scale, zero = Range(low, high).scale()
+    assert scale > 0
+    assert zero == pytest.approx(expected, abs=1)
+
+
+def test_preprocessing_comes_from_the_file():
+    meta = {"mean": "[0.5, 0.5, 0.5]", "std": "[0.25, 0.25, 0.25]", "interpolation": "bilinear"}
+    expected = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
+    assert preprocessing_of(meta) == expected
+    assert preprocessing_of(meta, {"crop_pct": 1.0}).crop_pct == 1
+    assert preprocessing_of({}) == Preprocessing()
