@@ -85,7 +85,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(request["onnx"]):
         raise Failed("parse", nodes=[_refused(parser.get_error(i)) for i in range(parser.num_errors)])
-    config = _config(trt, request, builder)
+    config, cache = _config(trt, request, builder)
     started = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - started
@@ -93,8 +93,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         raise Failed("build", errors=log.errors)
     with open(request["engine"], "wb") as file:
         file.write(memoryview(plan))
-    if request["timing_cache"]:
-        _write_aside(request["timing_cache"], bytes(config.get_timing_cache().serialize()))
+    if cache is not None:
+        _write_aside(request["timing_cache"], bytes(cache.serialize()))
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     return {
         "seconds": seconds,
@@ -135,7 +135,8 @@ def _log(trt: Any) -> Any:
     return Log()
 
 
-def _config(trt: Any, request: dict[str, Any], builder: Any) -> Any:
+def _config(trt: Any, request: dict[str, Any], builder: Any) -> tuple[Any, Any]:
+    """The builder's configuration, and the timing cache in it, None without one."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if not request["tf32"]:
@@ -148,18 +149,20 @@ def _config(trt: Any, request: dict[str, Any], builder: Any) -> Any:
             config.set_compute_capability(trt.ComputeCapability.__members__[name], i)
     if request["plugins"]:
         config.plugins_to_serialize = request["plugins"]
+    cache = None
     if request["timing_cache"]:
         known = b""
         if os.path.exists(request["timing_cache"]):
             with open(request["timing_cache"], "rb") as file:
                 known = file.read()
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        cache = config.create_timing_cache(known)
+        config.set_timing_cache(cache, ignore_mismatch=False)
     if request["profile"]:
         profile = builder.create_optimization_profile()
         for name, shapes in request["profile"].items():
             profile.set_shape(name, *shapes)
         config.add_optimization_profile(profile)
-    return config
+    return config, cache
 
 
 def _write_aside(path: str, data: bytes) -> None:

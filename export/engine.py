@@ -21,7 +21,8 @@ from .engine_report import Timing
 from .errors import ExportError
 from .graph import TensorInfo
 from .images import Preprocessing, find_images, load_image
-from .verify import Check, VerificationReport, _judge, noise, pixel_noise
+from .measure import Check, VerificationReport, judge
+from .verify import noise, pixel_noise
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 """Python modules that build and run engines; an engine runs in the one that built it."""
@@ -259,9 +260,18 @@ def verify_engine(
                 for_model = stack if stack.is_floating_point() else prepare.normalise(stack)
                 found = engine.run(stack.permute(0, 2, 3, 1) if takes_pixels else for_model)
                 for name, expected in zip(found, module(for_model), strict=True):
-                    actual = found[name].float().numpy()
-                    source = tuple(for_model.shape)
-                    checks.append(_judge(kind, source, name, [expected.detach()], [actual], rtol, atol))
+                    check = judge(
+                        kind,
+                        tuple(for_model.shape),
+                        name,
+                        [expected.detach()],
+                        [found[name].float()],
+                        rtol,
+                        atol,
+                        sides=("the model", "the engine"),
+                        classes=name == "logits" and expected.ndim == 2,
+                    )
+                    checks.append(check)
     return VerificationReport(
         checks=tuple(checks),
         rtol=rtol,

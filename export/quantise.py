@@ -28,7 +28,7 @@ from .calibration import (
     load,
     preprocessing_of,
 )
-from .capture import Outputs, evaluation, prepared
+from .capture import Outputs, evaluation, form_of, prepared
 from .errors import ExportError, QuantizationError
 from .files import check_target, write_atomically
 from .graph import GraphSummary, check, opset_of, summarize
@@ -443,7 +443,7 @@ def _torch_outputs(model: nn.Module, images: Array, plain: bytes) -> dict[str, A
     import onnx
 
     names = [output.name for output in onnx.load_from_string(plain).graph.output]
-    module = Outputs(prepared(model), features=names[0] == "stage0")
+    module = Outputs(prepared(model), form_of(names))
     with evaluation(module):
         found = [
             [value.numpy()[:real] for value in module(torch.from_numpy(batch))]

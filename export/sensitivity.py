@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .calibration import Count, batches
 from .errors import ExportError
 from .qdq import Layer, Quantiser, Range
-from .verify import open_session
+from .runs import open_session
 
 if TYPE_CHECKING:
     import numpy as np

@@ -358,6 +358,23 @@ def test_the_full_tensorrt_builds_for_the_gpu_at_hand(monkeypatch):
         builder.architectures(["sm_89"])
 
 
+def test_the_full_tensorrt_is_driven_by_the_same_calls(exported, tmp_path, monkeypatch):
+    # it can't be had without a GPU: its name, with the interface that it shares
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "tensorrt.py").write_text("from tensorrt_rtx import *\nfrom tensorrt_rtx import __version__\n")
+    monkeypatch.syspath_prepend(modules)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    model, file, _ = exported
+    with gpu(monkeypatch, file):
+        report = to_tensorrt(file, tmp_path / "m.engine", model=model, timing_cache=tmp_path / "cache")
+    assert report.library.startswith("tensorrt 1.")
+    assert report.archs == ("sm_89",)
+    assert report.ran
+    assert (tmp_path / "cache").stat().st_size > 0
+    assert left(tmp_path) == ["cache", "m.engine", "m.engine.json", "modules"]
+
+
 INTERRUPTED = """
 import sys
 from vitrail.export import to_tensorrt
