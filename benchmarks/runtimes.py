@@ -34,8 +34,8 @@ from vitrail.export import ExportError, QuantizationReport, quantize_onnx, to_on
 from vitrail.export.calibration import find_photos
 from vitrail.export.capture import quiet
 from vitrail.export.images import load_image, sample_photos
+from vitrail.export.runs import open_session
 from vitrail.export.sensitivity import outputs
-from vitrail.export.verify import open_session
 from vitrail.zoo.inference import standard_form
 
 ONNX, INT8 = "ONNX Runtime", "ONNX Runtime, int8"

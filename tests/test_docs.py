@@ -43,7 +43,10 @@ def tables(text: str) -> list[list[list[str]]]:
 def shell_lines() -> list[list[str]]:
     """Every command in the shell blocks of every document."""
     lines = [
-        line for path in DOCUMENTS for block in blocks("sh", path.read_text()) for line in block.splitlines()
+        line
+        for path in DOCUMENTS
+        for block in blocks("sh", path.read_text())
+        for line in block.replace("\\\n", " ").splitlines()
     ]
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
