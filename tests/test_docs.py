@@ -42,8 +42,9 @@ def tables(text: str) -> list[list[list[str]]]:
 
 def shell_lines() -> list[list[str]]:
     """Every command in the shell blocks of every document."""
-    scripts = [block.replace("\\\n", " ") for path in DOCUMENTS for block in blocks("sh", path.read_text())]
-    lines = [line for script in scripts for line in script.splitlines()]
+    lines = [
+        line for path in DOCUMENTS for block in blocks("sh", path.read_text()) for line in block.splitlines()
+    ]
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
