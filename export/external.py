@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import keep_permissions
+from .files import explaining, keep_permissions
 
 if TYPE_CHECKING:
     import onnx
@@ -47,9 +47,11 @@ def scratch_pair(model: onnx.ModelProto, target: Path) -> Iterator[Path]:
         the path of the `.onnx` in that folder.
     """
     folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    folder.mkdir()
+    with explaining(target, 0):
+        folder.mkdir()
     try:
-        write_pair(model, folder / target.name)
+        with explaining(target, sum(len(tensor.raw_data) for tensor in model.graph.initializer)):
+            write_pair(model, folder / target.name)
         yield folder / target.name
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -107,10 +109,11 @@ def publish(pair: Path, target: Path) -> int:
     data = target.with_name(source.name)
     new = not data.exists()
     size = pair.stat().st_size + source.stat().st_size
-    keep_permissions(target, pair)
-    source.replace(data)
     try:
-        os.replace(pair, target)
+        with explaining(target, size):
+            keep_permissions(target, pair)
+            source.replace(data)
+            os.replace(pair, target)
     except BaseException:
         if new:
             with contextlib.suppress(OSError):

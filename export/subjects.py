@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,18 +217,12 @@ class EngineSubject(Subject):
     runs = "TensorRT"
 
     def __init__(self, path: str | os.PathLike[str]):
-        if not torch.cuda.is_available():
-            raise ExportError(
-                f"{os.fspath(path)} is an engine, which runs on a GPU only, and torch sees none here; compare the ONNX "
-                f"file that it was built from, or run this where the GPU is"
-            )
-        engine = import_module(".engine", __package__)
-        self._engine = engine.Engine(path)
+        from .engine import Engine
+
+        self._engine = Engine(path)
         self.name = os.fspath(path)
         self.runtime = f"{self._engine.library} on {torch.cuda.get_device_name()}"
-        self.precision = {"fp16": "float16", "bf16": "bfloat16"}.get(
-            str(self._engine.report.get("dtype", "")), "float32"
-        )
+        self.precision = str(self._engine.report.get("dtype", "float32"))
         self.output_names = [output.name for output in self._engine.outputs]
         self.meta: dict[str, str] = self._engine.report.get("metadata", {})
         self.preprocessing = _preprocessing(self.meta)

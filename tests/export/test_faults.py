@@ -13,10 +13,13 @@ import sys
 import textwrap
 import time
 
+import numpy as np
+import onnx
 import pytest
 import torch
 
 from vitrail.export import to_onnx
+from vitrail.export.external import publish, scratch_pair
 from vitrail.export.files import WriteError, write_atomically
 
 OLD = b"the file that was there"
@@ -30,7 +33,17 @@ def _onnx(target, model):
     to_onnx(model, target, img_size=16, verify=False)
 
 
-WRITERS = {"bytes.bin": _bytes, "model.onnx": _onnx}
+def _pair(target, _model):
+    weights = onnx.numpy_helper.from_array(np.zeros(5000, np.float32), "w")
+    value = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [5000])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [value], [weights]
+    )
+    with scratch_pair(onnx.helper.make_model(graph), target) as pair:
+        publish(pair, target)
+
+
+WRITERS = {"bytes.bin": _bytes, "model.onnx": _onnx, "pair.onnx": _pair}
 """Every writer by the name of a file that it writes."""
 
 
@@ -93,7 +106,7 @@ class Refusing:
 
 
 def fail_at(monkeypatch, step, error):
-    """Let a step of writing in `vitrail.export.files` fail: of opening, writing, syncing and renaming."""
+    """Let a step of writing fail, whoever writes: opening, writing, syncing or renaming."""
 
     def refuse(*_, **__):
         raise error
@@ -101,10 +114,11 @@ def fail_at(monkeypatch, step, error):
     def half(*args):
         return Refusing(builtins.open(*args), error)
 
-    if step == "write":
-        monkeypatch.setattr("vitrail.export.files.open", half, raising=False)
-    elif step == "open":
-        monkeypatch.setattr("vitrail.export.files.open", refuse, raising=False)
+    if step in ("open", "write"):
+        for module in ("files", "external"):
+            monkeypatch.setattr(
+                f"vitrail.export.{module}.open", half if step == "write" else refuse, raising=False
+            )
     else:
         monkeypatch.setattr(os, step, refuse)
 
@@ -207,6 +221,7 @@ from pathlib import Path
 import torch
 from vitrail import cli
 from vitrail.export import to_onnx
+from vitrail.export.external import publish, scratch_pair
 from vitrail.export.files import write_atomically
 import onnxscript.optimizer, onnxruntime  # what an export imports on its way
 

@@ -112,7 +112,7 @@ def test_wrong_use_is_one_line_that_says_what_to_do(cli, folder, monkeypatch, ar
     [
         ("broken.onnx", b"no graph", "ONNX Runtime can't load the file"),
         ("broken.safetensors", b"no tensors", "truncated or no safetensors file"),
-        ("m.engine", b"", "runs on a GPU only"),
+        ("m.engine", b"", "runs on an NVIDIA GPU and torch sees none here"),
     ],
 )
 def test_a_side_that_cannot_be_loaded_is_a_failed_job_of_one_line(cli, tmp_path, name, content, message):
