@@ -345,7 +345,9 @@ def test_an_export_can_be_fixed_in_size_and_left_unverified(cli, tmp_path):
     import onnx
 
     file = tmp_path / "model.onnx"
-    result = cli("export", "onnx", "test_resnet", file, "--dynamic", "none", "--no-verify", "--form", "features")
+    result = cli(
+        "export", "onnx", "test_resnet", file, "--dynamic", "none", "--no-verify", "--form", "features"
+    )
     assert result.code == 0, result.err
     graph = onnx.load(file).graph
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
