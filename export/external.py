@@ -89,8 +89,10 @@ def write_pair(model: onnx.ModelProto, path: Path) -> Path:
 
 
 def _refer(tensor: onnx.TensorProto, offset: int, length: int) -> None:
+    import onnx
+
     tensor.ClearField("raw_data")
-    tensor.data_location = 1  # TensorProto.EXTERNAL
+    tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="offset", value=str(offset))
     tensor.external_data.add(key="length", value=str(length))
 

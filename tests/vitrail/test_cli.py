@@ -1,4 +1,6 @@
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -361,6 +363,45 @@ def test_an_export_can_be_fixed_in_size_and_left_unverified(cli, tmp_path):
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
     assert [output.name for output in graph.output] == [f"stage{i}" for i in range(5)]
     assert "not verified" in result.out
+
+
+def test_an_export_in_half_precision_takes_pixels_and_knows_its_classes(cli, tmp_path):
+    import onnx
+
+    file, classes = tmp_path / "model.onnx", tmp_path / "classes.txt"
+    classes.write_text("cat\ndog\n  fox \n\n")
+    argv = ["export", "onnx", "test_resnet", file, "--num-classes", 3, "--dtype", "float16", "--preprocess"]
+    result = cli(*argv, "--classes", classes, "--form", "pre_logits", "--img-size", 64, "--json")
+    assert result.code == 0, result.err
+    model = onnx.load(file)
+    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [output.name for output in model.graph.output] == ["pre_logits"]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["classes"]) == ["cat", "dog", "fox"]
+    assert (metadata["dtype"], metadata["form"], metadata["family"]) == ("float16", "pre_logits", "timm")
+    assert metadata["weights"] == "random, seed 0"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "half"], "invalid choice: 'half'"),
+        (["--form", "logits"], "invalid choice: 'logits'"),
+        (["--classes", "nowhere.txt"], "the names of classes in 'nowhere.txt' can't be read"),
+        (["--classes", "{classes}"], "classes has 3 names, and the model has 1000 classes"),
+        (["--classes", "{gap}"], "line 2 of .* is empty; write one class a line"),
+        (["--opset", "16"], "--opset must lie between 17 and 23, got 16"),
+    ],
+)
+def test_wrong_use_of_an_export_is_refused_with_the_reason(cli, tmp_path, options, message):
+    (tmp_path / "classes.txt").write_text("cat\ndog\nfox\n")
+    (tmp_path / "gap.txt").write_text("cat\n\nfox\n")
+    paths = {name: tmp_path / f"{name}.txt" for name in ("classes", "gap")}
+    options = [option.format(**paths) for option in options]
+    result = cli("export", "onnx", "test_resnet", tmp_path / "m.onnx", *options)
+    assert result.code == 2
+    assert re.search(message, result.err)
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_an_export_that_fails_its_verification_is_a_failed_job_without_a_file(cli, tmp_path):
