@@ -193,7 +193,7 @@ def _remedy(errors: str) -> str:
         return ". Allow more workspace, or leave the limit out"
     if "K exceeds" in errors:
         return ". Choose fewer elements: a smaller image, or a smaller k"
-    if "emory" in errors:
+    if "emory" in errors or "bad_alloc" in errors:
         return ". Free some memory, or build for a smaller largest batch"
     return ""
 

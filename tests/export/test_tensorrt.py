@@ -305,6 +305,17 @@ def test_a_process_that_dies_leaves_a_reason(small, tmp_path, monkeypatch, code,
     assert left(tmp_path) == ["dies.py"]
 
 
+def test_memory_that_runs_out_inside_tensorrt_is_said_to_be_that(small, tmp_path, monkeypatch):
+    builder = build_process.Builder("tensorrt_rtx")
+    failed = {"kind": "build", "errors": ["Error Code 1: Myelin (Unexpected exception std::bad_alloc)"]}
+    monkeypatch.setattr(
+        build_process.Builder, "build", lambda *_, **__: (_ for _ in ()).throw(builder._reason(failed, {}))
+    )
+    with pytest.raises(ExportError, match=r"std::bad_alloc\).*Free some memory, or build for a smaller"):
+        to_tensorrt(small, tmp_path / "m.engine")
+    assert left(tmp_path) == []
+
+
 def test_a_full_disk_leaves_the_old_engine_and_its_report(small, tmp_path):
     target = tmp_path / "m.engine"
     to_tensorrt(small, target, archs=["sm_89"])
