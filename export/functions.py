@@ -246,21 +246,23 @@ def _setting_of(value: Any, first: Tensor, given: dict[str, Any]) -> Any:
     def size_of(size: Any, axis: int) -> Dim:
         if not isinstance(size, torch.SymInt):
             return Dim("number", int(size))
-        return _guess("pieces", size, lambda pieces: ceil_div(first.shape[axis], pieces), axis)
+        extent = first.shape[axis]
+        return _guess("pieces", size, lambda n: (ceil_div(extent, n), -(-extent // n)), axis)
 
     if isinstance(value, (list, tuple)):
         return tuple(size_of(size, axis) for axis, size in enumerate(value, 1))
     if isinstance(value, torch.SymInt) and "region_size" in given:
-        return _guess("most", value, lambda n: torch.sym_min(n, region_count(first, given["region_size"])))
+        count = region_count(first, given["region_size"])
+        return _guess("most", value, lambda n: (torch.sym_min(n, count),))
     if isinstance(value, torch.SymInt):
         raise _Unsayable
     return value
 
 
-def _guess(kind: str, size: torch.SymInt, formula: Callable[[int], Any], axis: int = 0) -> Dim:
-    """The number for which a formula gives a size."""
+def _guess(kind: str, size: torch.SymInt, formulas: Callable[[int], tuple[Any, ...]], axis: int = 0) -> Dim:
+    """The number for which one of the ways to write a formula gives a size."""
     for number in range(1, _MOST_PIECES + 1):
-        if _same(size, formula(number)):
+        if any(_same(size, formula) for formula in formulas(number)):
             return Dim(kind, number, axis)
     raise _Unsayable
 
