@@ -360,7 +360,7 @@ def function_of(variant: Variant, opset: int) -> onnx.FunctionProto:
     """A variant's definition as a function for float32, float16 and bfloat16 alike.
 
     Sums of products are in the type of the first input, as they are in a converted file of standard operators; softmax,
-    all of a chooser, and convolutions before opset 22, which know no bfloat16, are in float32.
+    scattered sums, all of a chooser, and convolutions before opset 22, which know no bfloat16, are in float32.
 
     Raises:
         ExportError: torch can't trace or translate the definition.
@@ -411,7 +411,7 @@ class _Typed:
     def __init__(self, like: str, wide: bool, opset: int):
         self.like = like
         self.wide = wide
-        self._in_float32 = {"Softmax"} if opset >= _BFLOAT16_CONV else {"Softmax", "Conv"}
+        self._in_float32 = {"Softmax", "ScatterElements", *(() if opset >= _BFLOAT16_CONV else ("Conv",))}
 
     def of(self, graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """Nodes of a function: constants, and what `graph` computes."""
@@ -449,6 +449,8 @@ class _Typed:
         if node.op_type in self._in_float32:
             out, widened = node.output[0], []
             for i, name in enumerate(node.input):
+                if node.op_type == "ScatterElements" and i == 1:
+                    continue  # indices
                 node.input[i] = f"{out}_of_{i}"
                 widened.append(
                     onnx.helper.make_node("Cast", [name], [node.input[i]], to=onnx.TensorProto.FLOAT)
