@@ -246,21 +246,23 @@ def _setting_of(value: Any, first: Tensor, given: dict[str, Any]) -> Any:
     def size_of(size: Any, axis: int) -> Dim:
         if not isinstance(size, torch.SymInt):
             return Dim("number", int(size))
-        return _guess("pieces", size, lambda pieces: ceil_div(first.shape[axis], pieces), axis)
+        extent = first.shape[axis]
+        return _guess("pieces", size, lambda n: (ceil_div(extent, n), -(-extent // n)), axis)
 
     if isinstance(value, (list, tuple)):
         return tuple(size_of(size, axis) for axis, size in enumerate(value, 1))
     if isinstance(value, torch.SymInt) and "region_size" in given:
-        return _guess("most", value, lambda n: torch.sym_min(n, region_count(first, given["region_size"])))
+        count = region_count(first, given["region_size"])
+        return _guess("most", value, lambda n: (torch.sym_min(n, count),))
     if isinstance(value, torch.SymInt):
         raise _Unsayable
     return value
 
 
-def _guess(kind: str, size: torch.SymInt, formula: Callable[[int], Any], axis: int = 0) -> Dim:
-    """The number for which a formula gives a size."""
+def _guess(kind: str, size: torch.SymInt, formulas: Callable[[int], tuple[Any, ...]], axis: int = 0) -> Dim:
+    """The number for which one of the ways to write a formula gives a size."""
     for number in range(1, _MOST_PIECES + 1):
-        if _same(size, formula(number)):
+        if any(_same(size, formula) for formula in formulas(number)):
             return Dim(kind, number, axis)
     raise _Unsayable
 
@@ -358,7 +360,7 @@ def function_of(variant: Variant, opset: int) -> onnx.FunctionProto:
     """A variant's definition as a function for float32, float16 and bfloat16 alike.
 
     Sums of products are in the type of the first input, as they are in a converted file of standard operators; softmax,
-    all of a chooser, and convolutions before opset 22, which know no bfloat16, are in float32.
+    scattered sums, all of a chooser, and convolutions before opset 22, which know no bfloat16, are in float32.
 
     Raises:
         ExportError: torch can't trace or translate the definition.
@@ -409,7 +411,7 @@ class _Typed:
     def __init__(self, like: str, wide: bool, opset: int):
         self.like = like
         self.wide = wide
-        self._in_float32 = {"Softmax"} if opset >= _BFLOAT16_CONV else {"Softmax", "Conv"}
+        self._in_float32 = {"Softmax", "ScatterElements", *(() if opset >= _BFLOAT16_CONV else ("Conv",))}
 
     def of(self, graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """Nodes of a function: constants, and what `graph` computes."""
@@ -447,6 +449,8 @@ class _Typed:
         if node.op_type in self._in_float32:
             out, widened = node.output[0], []
             for i, name in enumerate(node.input):
+                if node.op_type == "ScatterElements" and i == 1:
+                    continue  # indices
                 node.input[i] = f"{out}_of_{i}"
                 widened.append(
                     onnx.helper.make_node("Cast", [name], [node.input[i]], to=onnx.TensorProto.FLOAT)

@@ -1,5 +1,6 @@
 """The GPU kernels through nvcc, without a GPU, for every architecture: they compile, link, load and are registered."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from vitrail.export.functions import MOST_VARIANTS
 from vitrail.ops import library
 
 from .kernels import GPU_FORWARD_ONLY, GPU_OPERATORS
@@ -84,3 +86,19 @@ def test_it_loads_where_there_is_no_gpu_and_registers_its_kernels(compiled):
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_plugins_compile_without_a_warning_and_load_where_there_is_no_gpu(tmp_path):
+    try:
+        compiler = library.find_nvcc()
+    except library.BuildError as error:
+        pytest.skip(str(error))
+    path = tmp_path / library.PLUGIN_LIBRARY_NAME
+    compiles, link = library.plugin_commands(compiler, path, archs=["sm_89"])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = "".join(pool.map(_run, compiles))
+    assert "warning" not in said.lower(), said[-4000:]
+    _run(link)
+    count = ctypes.c_int32()
+    assert ctypes.CDLL(str(path)).getCreators(ctypes.byref(count))
+    assert count.value == len(library.PLUGINS) * MOST_VARIANTS

@@ -178,7 +178,7 @@ def test_a_file_says_whether_it_has_nodes_for_plugins(make, tmp_path):
 
 @pytest.mark.parametrize("operator", NODES)
 def test_a_function_computes_what_its_definition_does_for_any_sizes(operator):
-    @settings(max_examples=4)
+    @settings(max_examples=3)
     @given(calls(operator))
     def check(call):
         single = function_model(call)

@@ -1,6 +1,7 @@
 """Finding nvcc, what it is told, and the library for GPUs; with a stand-in for nvcc, which compiles nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -139,7 +140,7 @@ def test_an_architecture_that_is_none_or_too_old_is_refused(nvcc, monkeypatch, n
 
 def test_every_source_is_compiled_once_and_all_are_linked(nvcc):
     compiles, link = library.cuda_commands(library.find_cuda_compiler(), Path("libvitrail_cuda.so"))
-    sources = {path.stem for path in library._SOURCES.rglob("*.cu")}
+    sources = {path.stem for path in library._SOURCES.rglob("*.cu") if path.parent.name != "tensorrt"}
     assert len(compiles) == len(sources)
     assert {Path(part).stem for part in link if part.endswith(".o")} == sources
 
@@ -171,3 +172,64 @@ def test_a_library_for_gpus_that_does_not_load_gives_way_to_the_definitions_with
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert run.stdout == "False False False False\n", run.stderr
     assert run.stderr.count("RuntimeWarning: vitrail runs without its compiled operators on the GPU") == 1
+
+
+# --- plugins for TensorRT ---------------------------------------------------------------------------------------------
+
+
+def test_plugins_are_made_of_forward_kernels_and_know_nothing_of_torch(nvcc):
+    compiles, link = library.plugin_commands(library.find_nvcc(), Path("libvitrail_tensorrt.so"))
+    sources = {Path(command[command.index("-c") + 1]).stem for command in compiles}
+    assert sources == {*library.PLUGINS, "attention", "operators", "plugin", "widen"}
+    assert not [part for command in [*compiles, link] for part in command if "torch" in part]
+    assert all("-DVITRAIL_TENSORRT" in command for command in compiles)
+
+
+def test_plugins_are_built_for_the_architectures_asked_for_and_kept(nvcc, tmp_path):
+    first = library.plugin_library(["sm_89"], lambda *_: None)
+    assert first.is_relative_to(tmp_path / "cache")
+    assert library.plugin_library(["sm_89"], lambda *_: None) == first
+    assert library.plugin_library(["sm_80", "sm_120"], lambda *_: None) != first
+    codes = library._cuda_codes(["sm_80", "sm_120"])
+    assert codes == ["-gencode=arch=compute_80,code=[sm_80,sm_120]"]
+
+
+@pytest.mark.parametrize(
+    ("archs", "message"),
+    [
+        (["sm_8x"], "architectures must be such as sm_89, got 'sm_8x'"),
+        (["sm_75"], "need compute capability 8.0 .Ampere. or newer, got 7.5"),
+    ],
+)
+def test_an_architecture_that_plugins_are_not_made_for_is_refused(nvcc, archs, message):
+    with pytest.raises(BuildError, match=message):
+        library.plugin_library(archs, lambda *_: None)
+
+
+def test_a_plugin_library_that_the_environment_names_is_taken_or_missed_by_name(nvcc, tmp_path, monkeypatch):
+    path = tmp_path / "plugins.so"
+    monkeypatch.setenv("VITRAIL_PLUGIN_LIBRARY", str(path))
+    with pytest.raises(BuildError, match=r"no library at .*plugins\.so, which VITRAIL_PLUGIN_LIBRARY names"):
+        library.plugin_library()
+    path.write_bytes(b"")
+    assert library.plugin_library() == path
+
+
+def test_plugins_need_no_torch_for_gpus(nvcc, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert library.find_nvcc().command[0] == str(nvcc)
+    with pytest.raises(BuildError, match="this torch is without CUDA"):
+        library.find_cuda_compiler()
+
+
+def test_what_changes_the_plugins_alone_leaves_the_other_libraries_as_they_are(nvcc, tmp_path, monkeypatch):
+    keys = {part.device: library._source_key(part=part) for part in library.PARTS.values()}
+    copy = tmp_path / "csrc"
+    shutil.copytree(library._SOURCES, copy)
+    monkeypatch.setattr(library, "_SOURCES", copy)
+    monkeypatch.setattr(library, "_PLUGIN_SOURCES", copy / "tensorrt")
+    before = {part.device: library._source_key(part=part) for part in library.PARTS.values()}
+    with (copy / "tensorrt" / "plugin.cpp").open("a") as file:
+        file.write("// changed")
+    after = {part.device: library._source_key(part=part) for part in library.PARTS.values()}
+    assert {device for device in keys if before[device] != after[device]} == {"tensorrt"}
