@@ -50,7 +50,7 @@ def accuracies(name, data, photos, folder, **options):
 
 @pytest.mark.long
 def test_a_network_in_8_bits_keeps_what_it_has_learnt(data, photos, tmp_path):
-    (plain, made), report = accuracies("stvit_deit_pico", data, photos, tmp_path, epochs=4)
+    (plain, made), report = accuracies("biformer_pico", data, photos, tmp_path, epochs=6)
     assert plain > 0.8
     assert made > plain - 0.01
     assert report.passed
