@@ -104,10 +104,10 @@ class Preprocessing:
         """uint8 (..., channels, height, width) as float32 inputs of the same shape."""
         channels = pixels.shape[-3]
         mean, std = (
-            torch.tensor(list(islice(cycle(values), channels)), dtype=torch.float32)[:, None, None]
+            torch.tensor(list(islice(cycle(values), channels)), dtype=torch.float32, device=pixels.device)
             for values in (self.mean, self.std)
         )
-        return (pixels.float() / 255 - mean) / std
+        return (pixels.float() / 255 - mean[:, None, None]) / std[:, None, None]
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:

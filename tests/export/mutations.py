@@ -78,11 +78,12 @@ def shape_of(model, value):
 
 
 def square_maps(model):
-    """Outputs of rank 4 whose two middle axes are equally long: maps (B, H, W, C)."""
+    """Outputs of rank 4 whose two middle axes are equally long: maps (B, H, W, C), but for means, which serve choices."""
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    means = {name for node in nodes_of(model, "ReduceMean") for name in node.output}
     for info in inferred.graph.value_info:
         dims = [d.dim_value for d in info.type.tensor_type.shape.dim]
-        if len(dims) == 4 and dims[1] == dims[2] > 1 and dims[3] != dims[1]:
+        if len(dims) == 4 and dims[1] == dims[2] > 1 and dims[3] != dims[1] and info.name not in means:
             yield info.name
 
 

@@ -142,7 +142,7 @@ def test_a_fixed_batch_stays_one(make, photos, tmp_path):
 
 def test_feature_pyramids_are_verified_output_by_output(make, photos, tmp_path):
     model = make("Pyramid")
-    to_onnx(model, tmp_path / "features.onnx", img_size=32, features=True, verify=False)
+    to_onnx(model, tmp_path / "features.onnx", img_size=32, form="features", verify=False)
     report = quantize_onnx(
         tmp_path / "features.onnx", tmp_path / "int8.onnx", calibration=photos, model=model, faster_only=False
     )

@@ -412,7 +412,9 @@ def test_an_interrupted_build_leaves_nothing_and_no_process(small, tmp_path, sen
     while os.path.exists(f"/proc/{children[0]}") and time.monotonic() < gone:
         time.sleep(0.05)
     assert not os.path.exists(f"/proc/{children[0]}")
-    assert left(tmp_path) == []
+    # nobody can clean up after SIGKILL, but what it leaves is hidden and is no engine
+    beside = [n for n in left(tmp_path) if sent != signal.SIGKILL or not n.startswith(".m.engine.")]
+    assert beside == []
 
 
 # --- with a GPU, for which a stand-in serves --------------------------------------------------------------------------
