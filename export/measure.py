@@ -207,7 +207,7 @@ def measure(expected: Tensor, actual: Tensor) -> Figures:
     norms = e.norm() * a.norm()
     cosine = (e @ a / norms).item() if norms > 0 else float(bool((e == a).all()))
     some = error[:: -(-len(error) // _EXACT)]
-    ranks = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64)
+    ranks = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64, device=some.device)
     percentiles = tuple(some.quantile(ranks).tolist()) if some.isfinite().all() else (float("nan"),) * 4
     return Figures(worst, error.mean().item(), _over(worst, largest), cosine, largest, percentiles)
 
