@@ -5,7 +5,7 @@
 - Slice of one row and Squeeze is Gather of that row.
 
 Two Transposes around a Reshape could be one of more axes, and are not: ONNX Runtime moves single axes in blocks and
-takes 2 to 7 % longer for models whose pairs are merged.
+took up to 7 % longer for models whose pairs were merged.
 """
 
 from __future__ import annotations
