@@ -69,7 +69,8 @@ def _reshape_at_once(graph: Any, node: Any) -> bool:
     above, sizes = node.inputs[0].producer(), _integers(node.inputs[1])
     if above is None or above.op_type != "Reshape" or _sole_user(above.outputs[0]) is not node:
         return False
-    if sizes is None or 0 in sizes:  # 0 stands for a size of the input
+    copies = node.attributes.get_int("allowzero", 0) == 0  # then 0 stands for a size of the input
+    if copies and (sizes is None or 0 in sizes):
         return False
     node.replace_input_with(0, above.inputs[0])
     graph.remove(above, safe=True)

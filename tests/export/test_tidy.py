@@ -63,6 +63,15 @@ ONE, TWO, LAST = np.array([1]), np.array([2]), np.array([-1])
             {"s": np.array([-1, 12]), "t": np.array([-1, 2, 6])},
             ["Reshape"],
         ),
+        (  # sizes that are computed, where 0 is a size like others
+            [
+                node("Reshape", ["x", "s"], ["a"]),
+                node("Shape", ["x"], ["sizes"]),
+                node("Reshape", ["a", "sizes"], ["y"], allowzero=1),
+            ],
+            {"s": np.array([-1, 12])},
+            ["Shape", "Reshape"],
+        ),
         (
             [node("Reshape", ["x", "s"], ["a"]), node("Neg", ["a"], ["y"])],
             {"s": np.array([0, 3, 4])},
@@ -91,6 +100,14 @@ def test_waste_goes(nodes, constants, left):
         (
             [node("Reshape", ["x", "s"], ["a"]), node("Reshape", ["a", "t"], ["y"])],
             {"s": np.array([-1, 12]), "t": np.array([0, 2, 6])},  # 0 is a size of the first
+        ),
+        (
+            [
+                node("Reshape", ["x", "s"], ["a"]),
+                node("Shape", ["x"], ["sizes"]),
+                node("Reshape", ["a", "sizes"], ["y"]),
+            ],
+            {"s": np.array([-1, 12])},
         ),
     ],
 )
