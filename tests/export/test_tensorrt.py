@@ -401,10 +401,11 @@ def test_an_interrupted_build_leaves_nothing_and_no_process(small, tmp_path, sen
         for line in process.stdout:
             if line.startswith("building"):
                 break
-        time.sleep(0.2)
-        children = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-        ).stdout.split()
+        children = []
+        while not children and process.poll() is None:
+            time.sleep(0.02)
+            command = ["pgrep", "-P", str(process.pid)]
+            children = subprocess.run(command, capture_output=True, text=True).stdout.split()
         assert len(children) == 1
         process.send_signal(sent)
         assert process.wait(60) != 0
