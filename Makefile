@@ -19,7 +19,7 @@ env: $(READY) ## make .venv with vitrail (editable) and the development tools
 demo: $(READY) ## a photo through biformer_tiny: features, routing picture, verified ONNX file, speed
 	$(BIN)/vitrail demo
 
-test: $(READY) ## the tests (less than half an hour on two cores)
+test: $(READY) ## the tests (about half an hour on two cores)
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY) ## the tests and those that take minutes each
