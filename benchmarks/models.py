@@ -14,20 +14,18 @@ repositories in a folder that you name; nothing of it is here.
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness import device, footprint, options
+from harness import device, footprint, options, suite
 from harness.networks import FUSED, INFERENCE, NETWORKS, Group, build_group, runs
-from harness.peers import PEERS, Checkout, PeerError, find_checkouts
-from harness.report import Table, machine, mebibytes, milliseconds, publish, ratio
+from harness.peers import Checkout
+from harness.report import Table, mebibytes, milliseconds, ratio
 from harness.timing import GEMM, GEMM_SIDE, alternate, gemm, gemm_rate, wall_clock
-from vitrail.catalog import SizeError, check_model_name, default_size
-from vitrail.cli.terminal import JobFailed, Terminal, UsageError, at_least
+from vitrail.catalog import default_size
+from vitrail.cli.terminal import JobFailed, Terminal, at_least
 
 INFERRING, TRAINING = "inference", "training"
 _TRAINING_MACS = 3  # of a forward pass: the gradients of inputs and of weights cost as much again each
@@ -287,17 +285,9 @@ def measure_memory(
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = options.parser(__doc__)
-    parser.add_argument(
-        "--models", nargs="+", metavar="NAME", help=f"vitrail's models (default: {', '.join(NETWORKS)})"
-    )
-    parser.add_argument(
-        "--batch", type=at_least(1), nargs="+", metavar="N", help="batch sizes (default: 1 8; on a GPU 128)"
-    )
+    suite.add_networks(parser, "1 8; on a GPU 128")
     parser.add_argument(
         "--size", type=at_least(8), metavar="N", help="pixels per side (default: the model's own)"
-    )
-    parser.add_argument(
-        "--peers", type=Path, metavar="FOLDER", help="a folder with checkouts of the authors' repositories"
     )
     parser.add_argument(
         "--training",
@@ -314,9 +304,6 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         action="store_true",
         help="measure peak memory instead of time (default: biformer_small, 896, batch 1)",
     )
-    parser.add_argument(
-        "--min-rounds", type=at_least(1), default=7, metavar="N", help="(default: %(default)s)"
-    )
     args = parser.parse_args(arguments)
     options.check(args, parser)
     if args.amp and (args.device == "cpu" or args.dtype != "float32" or args.memory):
@@ -332,62 +319,15 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     return parser, args
 
 
-def find_peers(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Checkout]:
-    """The checkouts for the models that are measured, each tried once, before the long work starts."""
-    if args.peers is None:
-        return {}
-    try:
-        found = find_checkouts(args.peers)
-        for name in args.models:
-            if name in found:
-                found[name].build(name, args.size or default_size(name)[0])
-    except PeerError as error:
-        parser.error(f"--peers: {error}")
-    for peer in PEERS:
-        lacking = [name for name in args.models if name in peer.models and name not in found]
-        if lacking:
-            print(f"no checkout of {peer.repository} for {', '.join(lacking)}", file=sys.stderr)
-    return {name: checkout for name, checkout in found.items() if name in args.models}
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser, args = parse(arguments)
     complete = not (args.models or args.batch or args.size)
     args.models = args.models or (["biformer_small"] if args.memory else list(NETWORKS))
     usual = [128] if args.device != "cpu" else [8] if args.training else [1, 8]
     args.batch = args.batch or ([1] if args.memory else usual)
-    args.min_seconds = args.min_seconds or 4.0
-    for name in args.models:
-        try:
-            check_model_name(name)
-        except ValueError as error:
-            parser.error(f"--models: {error}")
     stem = f"{'memory' if args.memory else 'training' if args.training else 'models'}_{args.device}"
     stem += "_amp" if args.amp else "" if args.dtype == "float32" else f"_{args.dtype}"
-    output = options.output(args.output, stem, complete, parser)
-    checkouts = find_peers(args, parser)
-
-    def job(terminal: Terminal) -> int:
-        work: Callable[..., tuple[dict[str, Any], list[Table], bool]]
-        work = measure_memory if args.memory else measure_all
-        try:
-            with options.TimeLimit(args.time_limit) as args.limit:
-                results, tables, ok = work(terminal, args, checkouts)
-        except SizeError as error:
-            raise UsageError(str(error)) from error
-        peers = {
-            checkout.peer.repository: {"folder": checkout.folder.name, "commit": checkout.commit}
-            for checkout in checkouts.values()
-        }
-        document = {"benchmark": stem, **machine(), "peers": peers, **results}
-        if args.device != "cpu":
-            document["gpu"] = device.describe()
-        if args.time_limit is not None:
-            document["left_out"] = args.limit.left_out
-        publish(terminal, document, tables, args.markdown, output)
-        return 0 if ok else 1
-
-    return options.run(job, args.json, args.threads, args.device)
+    return suite.run(measure_memory if args.memory else measure_all, args, parser, stem, complete)
 
 
 if __name__ == "__main__":

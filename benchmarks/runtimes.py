@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import find_peers
 from torch import Tensor
 
-from harness import options
+from harness import options, suite
 from harness.networks import FUSED, INFERENCE, NETWORKS, Candidate, Group, build_group, runs
 from harness.peers import Checkout
-from harness.report import Table, machine, milliseconds, publish, ratio
+from harness.report import Table, milliseconds, ratio
 from harness.timing import GEMM, GEMM_SIDE, Run, alternate, gemm, gemm_rate
-from vitrail.catalog import check_model_name, default_size
-from vitrail.cli.terminal import JobFailed, Terminal, at_least
+from vitrail.catalog import default_size
+from vitrail.cli.terminal import JobFailed, Terminal
 from vitrail.export import ExportError, QuantizationReport, quantize_onnx, to_onnx
 from vitrail.export.calibration import find_photos
 from vitrail.export.capture import quiet
@@ -281,15 +280,7 @@ def measure_all(
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = options.parser(__doc__)
-    parser.add_argument(
-        "--models", nargs="+", metavar="NAME", help=f"vitrail's models (default: {', '.join(NETWORKS)})"
-    )
-    parser.add_argument(
-        "--batch", type=at_least(1), nargs="+", metavar="N", help="batch sizes (default: 1 8)"
-    )
-    parser.add_argument(
-        "--peers", type=Path, metavar="FOLDER", help="a folder with checkouts of the authors' repositories"
-    )
+    suite.add_networks(parser, "1 8")
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -297,9 +288,6 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         help="photos to quantise with (default: cuttings of the two that scikit-learn ships)",
     )
     parser.add_argument("--no-int8", action="store_true", help="leave files in 8 bits out")
-    parser.add_argument(
-        "--min-rounds", type=at_least(1), default=7, metavar="N", help="(default: %(default)s)"
-    )
     args = parser.parse_args(arguments)
     if args.device != "cpu" or args.dtype != "float32" or args.compile:
         parser.error(
@@ -321,29 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.size = None  # each network's own, which most files are made for
     args.models = args.models or list(NETWORKS)
     args.batch = args.batch or [1, 8]
-    args.min_seconds = args.min_seconds or 4.0
-    for name in args.models:
-        try:
-            check_model_name(name)
-        except ValueError as error:
-            parser.error(f"--models: {error}")
-    output = options.output(args.output, "runtimes_cpu", complete, parser)
-    checkouts = find_peers(args, parser)
-
-    def job(terminal: Terminal) -> int:
-        with options.TimeLimit(args.time_limit) as args.limit:
-            results, tables, ok = measure_all(terminal, args, checkouts)
-        peers = {
-            checkout.peer.repository: {"folder": checkout.folder.name, "commit": checkout.commit}
-            for checkout in checkouts.values()
-        }
-        document = {"benchmark": "runtimes_cpu", **machine(), "peers": peers, **results}
-        if args.time_limit is not None:
-            document["left_out"] = args.limit.left_out
-        publish(terminal, document, tables, args.markdown, output)
-        return 0 if ok else 1
-
-    return options.run(job, args.json, args.threads, args.device)
+    return suite.run(measure_all, args, parser, "runtimes_cpu", complete)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,31 @@ def memory() -> str:
     return f"{_heading(result, text)}\n\n{_table(headers, rows, 2)}"
 
 
+def runtimes() -> str:
+    """Exported files in ONNX Runtime."""
+    if not (RESULTS / "runtimes_cpu.json").exists():
+        return _prose(
+            """No complete run is kept yet. `benchmarks/runtimes.py` (part of `make bench`) makes the results that stand
+            here then."""
+        )
+    result, rows = _load("runtimes_cpu"), []
+    for (model, batch), group in _groups(result["rows"], "model", "batch"):
+        file, timm = group["ONNX Runtime"], _peer_in_timm(group)
+        others = (
+            "ONNX Runtime, int8",
+            "authors, ONNX Runtime",
+            f"{timm}, ONNX Runtime",
+            "fused",
+            "inference form",
+        )
+        ratios = [_ratio(group, name, "ONNX Runtime") for name in others]
+        rows.append([f"`{model}`", str(batch), _milliseconds(file), _spread(file), *ratios])
+    text = """float32 but for int8. Milliseconds of our file in ONNX Runtime, and how many times as long as it the others
+        take: in 8 bits, the authors' and timm's models exported, and ours in torch."""
+    headers = ["model", "batch", "our file", "spread", "int8", "authors", "timm", "torch", "inference form"]
+    return f"{_heading(result, text)}\n\n{_table(headers, rows, 1)}"
+
+
 def gpu() -> str:
     """What a GPU gave: checks, operators, models."""
     names = [path.stem for kind in ("gpu_*", "*_cuda*") for path in sorted(RESULTS.glob(f"{kind}.json"))]
@@ -364,7 +389,7 @@ def measured() -> str:
 
 
 SECTIONS: dict[str, list[Callable[[], str]]] = {
-    "docs/PERFORMANCE.md": [operators, models, training, memory, gpu],
+    "docs/PERFORMANCE.md": [operators, models, training, memory, runtimes, gpu],
     "README.md": [measured],
 }
 
