@@ -13,11 +13,12 @@ from .engine import Engine, NoGPUError
 from .engine_report import EngineReport, Kernel, Timing
 from .errors import ExportError, QuantizationError, VerificationError
 from .images import Preprocessing
+from .measure import TOLERANCES, Check, VerificationReport
 from .onnx import DEFAULT_OPSETS, OPSETS, ExportReport, to_onnx
 from .precision import DTYPES, convert_precision
 from .quantise import QuantizationReport, quantize_onnx
 from .tensorrt import to_tensorrt
-from .verify import TOLERANCES, Check, VerificationReport, verify_onnx
+from .verify import verify_onnx
 
 __all__ = [
     "DEFAULT_OPSETS",

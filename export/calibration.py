@@ -8,15 +8,17 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from .errors import ExportError
 from .graph import TensorInfo
-from .images import SUFFIXES, Preprocessing, load_image
+from .images import Preprocessing, find_images, load_image
+from .metadata import entry_of
 from .qdq import Range
 
 if TYPE_CHECKING:
@@ -64,18 +66,11 @@ def find_photos(
     """
     if limit < FEWEST:
         raise ValueError(f"at least {FEWEST} images are needed to calibrate with, got a limit of {limit}")
-    found: list[Path] = []
-    paths = [Path(p) for p in ([folder] if isinstance(folder, (str, os.PathLike)) else folder)]
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"there is no file or folder {path} to calibrate with")
-        inside = path.rglob("*") if path.is_dir() else [path]
-        found += sorted(p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = find_images(folder, deep=True)
     if len(found) < FEWEST:
         raise ValueError(
-            f"{', '.join(map(str, paths))} holds {len(found) or 'no'} image{'s' * (len(found) != 1)} "
-            f"({', '.join(SUFFIXES)}), too few to calibrate with: give at least {FEWEST} photos like those that the "
-            f"model will see, better a hundred"
+            f"{len(found)} image{'s' * (len(found) != 1)} {'are' if len(found) != 1 else 'is'} too few to calibrate "
+            f"with: give at least {FEWEST} photos like those that the model will see, better a hundred"
         )
     chosen = _spread(found, limit)
     rest = sorted(set(found) - set(chosen))
@@ -98,18 +93,8 @@ def preprocessing_of(
     """
     if isinstance(overrides, Preprocessing):
         return overrides
-    known = [field.name for field in fields(Preprocessing)]
-    if unknown := sorted(set(overrides or {}) - set(known)):
-        raise ValueError(f"preprocessing has no {', '.join(unknown)}; its fields are {', '.join(known)}")
-    values: dict[str, Any] = {}
-    for name in known:
-        if name in meta:
-            values[name] = meta[name] if name == "interpolation" else json.loads(meta[name])
-    values.update(overrides or {})
-    for name in ("mean", "std"):
-        if name in values:
-            values[name] = tuple(map(float, values[name]))
-    return Preprocessing(**values)
+    stated = {name: entry_of(meta, name) for name in Preprocessing.__dataclass_fields__ if name in meta}
+    return Preprocessing.of(nn.Identity(), {**stated, **(overrides or {})})
 
 
 def input_size(info: TensorInfo, meta: Mapping[str, str]) -> tuple[int, int, int]:

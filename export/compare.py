@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ExportError
-from .images import Preprocessing, find_images, load_image
+from .images import Preprocessing, default_size, find_images, load_image
 from .intermediates import Nothing
 from .measure import TOLERANCES, Check, VerificationReport, judge
 from .runs import Reference, load
@@ -175,8 +175,6 @@ def _wanted(a: Subject, b: Subject, img_size: int | tuple[int, int] | None) -> t
     Raises:
         ValueError: `img_size` contradicts a fixed size.
     """
-    from .verify import default_size
-
     if img_size is None:
         return a.size or b.size or (224, 224)
     size = default_size(nn.Identity(), img_size)

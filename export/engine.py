@@ -7,22 +7,22 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Outputs, evaluation, form_of, prepared
 from .commit import finish
+from .compare import Comparison, Plan
 from .engine_report import Timing
 from .errors import ExportError
 from .graph import TensorInfo
-from .images import Preprocessing, find_images, load_image
-from .measure import Check, VerificationReport, judge
-from .verify import noise, pixel_noise
+from .images import Preprocessing
+from .measure import VerificationReport
+from .subjects import EngineSubject, ModuleSubject, images_shape
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 """Python modules that build and run engines; an engine runs in the one that built it."""
@@ -126,6 +126,11 @@ class Engine:
         shapes = self._engine.get_tensor_profile_shape(self.input.name, 0)
         self.profile = tuple(tuple(int(n) for n in shape) for shape in shapes)
 
+    @property
+    def runtime(self) -> str:
+        """The library and the GPU."""
+        return f"{self.library} on {_gpu_name(self.device)}"
+
     def _built(self) -> str:
         if not self.report:
             return ""
@@ -219,6 +224,7 @@ def verify_engine(
     engine: Engine,
     model: nn.Module,
     *,
+    precision: str,
     images: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     rtol: float,
@@ -228,60 +234,32 @@ def verify_engine(
 ) -> VerificationReport:
     """Compare an engine with the module that it was built from, at the ends and in the middle of its profile.
 
-    The module runs on the CPU in float32. Arguments are those of `verify_onnx`. An engine can't be made to take
-    another's choices: one in half precision whose model chooses (top-k routing) may need a higher `rtol`.
+    The module runs on the CPU in float32. `precision` is the engine's, the other arguments are those of `verify_onnx`.
+    An engine can't be made to take another's choices: one in half precision whose model chooses (top-k routing) may
+    need a higher `rtol`. An engine that fails is a report that has not passed.
 
     Raises:
-        ExportError: the engine fails.
         ValueError, TypeError: wrong images, preprocessing or model.
     """
     started = time.perf_counter()
-    say = progress or (lambda text: None)
-    photos = find_images(images)
-    loaded = [load_image(photo) for photo in photos]
-    prepare = Preprocessing.of(model, preprocessing)
-    module = Outputs(prepared(model), form_of([info.name for info in engine.outputs]))
-    takes_pixels = engine.input.dtype == "uint8"
-    checks: list[Check] = []
-    with evaluation(module):
-        for shape in dict.fromkeys(engine.profile):
-            batch, channels, height, width = (shape[i] for i in ((0, 3, 1, 2) if takes_pixels else range(4)))
-            for kind in ("photos", "noise"):
-                say(f"comparing on {kind}, {batch} x {channels} x {height} x {width}")
-                if kind == "photos":
-                    chosen = islice(cycle(loaded), batch)
-                    stack = torch.stack(
-                        [prepare.pixels(photo, (height, width), channels) for photo in chosen]
-                    )
-                elif takes_pixels:
-                    stack = pixel_noise(batch, channels, height, width, seed=seed + batch)
-                else:
-                    stack = noise(batch, channels, height, width, seed=seed + batch)
-                for_model = stack if stack.is_floating_point() else prepare.normalise(stack)
-                found = engine.run(stack.permute(0, 2, 3, 1) if takes_pixels else for_model)
-                for name, expected in zip(found, module(for_model), strict=True):
-                    check = judge(
-                        kind,
-                        tuple(for_model.shape),
-                        name,
-                        [expected.detach()],
-                        [found[name].float()],
-                        rtol,
-                        atol,
-                        sides=("the model", "the engine"),
-                        classes=name == "logits" and expected.ndim == 2,
-                    )
-                    checks.append(check)
-    return VerificationReport(
-        checks=tuple(checks),
+    side = EngineSubject(engine)
+    side.precision = precision
+    shapes = [images_shape(shape, side.pictures) for shape in engine.profile]
+    comparison = Comparison(
+        ModuleSubject(model, side.form),
+        side,
+        plan=Plan(
+            sizes=tuple(dict.fromkeys((height, width) for _, _, height, width in shapes)),
+            batches=tuple(dict.fromkeys(batch for batch, *_ in shapes)),
+            channels=shapes[0][1],
+        ),
+        prepare=Preprocessing.of(model, preprocessing),
         rtol=rtol,
         atol=atol,
-        images=tuple(photo.name for photo in photos),
-        preprocessing=prepare,
-        runtime=f"{engine.library} on {_gpu_name(engine.device)}",
         seed=seed,
-        seconds=time.perf_counter() - started,
+        progress=progress or (lambda text: None),
     )
+    return replace(comparison.report(images), seconds=time.perf_counter() - started)
 
 
 def _report_beside(path: Path) -> dict[str, Any]:

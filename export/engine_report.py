@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .graph import TensorInfo, module_of
 
 if TYPE_CHECKING:
-    from .verify import VerificationReport
+    from .measure import VerificationReport
 
 FUSED_ATTENTION = "_gemm_mha"
 """How TensorRT names the kernels that compute products and softmax of an attention in one."""

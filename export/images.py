@@ -118,6 +118,23 @@ def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else {}
 
 
+def default_size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width from the argument, else from the model's `pretrained_cfg`, else 224.
+
+    Raises:
+        TypeError, ValueError: not a positive whole number or a pair of them.
+    """
+    if img_size is None:
+        input_size = pretrained_cfg(model).get("input_size")
+        return (int(input_size[-2]), int(input_size[-1])) if input_size else (224, 224)
+    pair = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
+        raise TypeError(f"img_size must be a whole number or (height, width), got {img_size!r}")
+    if min(pair) < 1:
+        raise ValueError(f"img_size must be positive, got {img_size!r}")
+    return pair[0], pair[1]
+
+
 def sample_photos() -> list[Path]:
     """The two photographs that scikit-learn ships: a temple roof and a flower."""
     from importlib.util import find_spec
@@ -131,10 +148,12 @@ def sample_photos() -> list[Path]:
     return [folder / "china.jpg", folder / "flower.jpg"]
 
 
-def find_images(images: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None) -> list[Path]:
+def find_images(
+    images: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None, deep: bool = False
+) -> list[Path]:
     """The image files meant by `images`: files as they are, folders as the images directly in them.
 
-    None stands for the sample photos.
+    None stands for the sample photos. With `deep`, those in the folders' own folders are meant, too.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -145,14 +164,15 @@ def find_images(images: Sequence[str | os.PathLike[str]] | str | os.PathLike[str
     found: list[Path] = []
     for path in map(Path, [images] if isinstance(images, (str, os.PathLike)) else images):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            listed = path.rglob("*") if deep else path.iterdir()
+            inside = sorted(p for p in listed if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise ValueError(f"the folder {path} holds no image ({', '.join(SUFFIXES)})")
             found += inside
         elif path.exists():
             found.append(path)
         else:
-            raise FileNotFoundError(f"no such image: {path}")
+            raise FileNotFoundError(f"no such image or folder: {path}")
     if not found:
         raise ValueError("images is empty; name at least one, or leave it out for the sample photos")
     return found

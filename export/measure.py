@@ -195,21 +195,26 @@ class Figures:
     cosine: float
     largest: float
     percentiles: tuple[float, ...]
+    norm_error: float = float("nan")
+    """Norm of the difference over the norm of what was expected."""
 
 
 def measure(expected: Tensor, actual: Tensor) -> Figures:
     """Figures of two tensors of one shape, computed in float64."""
     e, a = expected.flatten().double(), actual.flatten().double()
     if not len(e):
-        return Figures(0.0, 0.0, 0.0, 1.0, 0.0, (0.0,) * len(PERCENTILES))
+        return Figures(0.0, 0.0, 0.0, 1.0, 0.0, (0.0,) * len(PERCENTILES), 0.0)
     error = (e - a).abs()
     worst, largest = error.max().item(), e.abs().max().item()
     norms = e.norm() * a.norm()
     cosine = (e @ a / norms).item() if norms > 0 else float(bool((e == a).all()))
+    norm_error = _over(error.norm().item(), e.norm().item())
     some = error[:: -(-len(error) // _EXACT)]
     ranks = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64, device=some.device)
     percentiles = tuple(some.quantile(ranks).tolist()) if some.isfinite().all() else (float("nan"),) * 4
-    return Figures(worst, error.mean().item(), _over(worst, largest), cosine, largest, percentiles)
+    return Figures(
+        worst, error.mean().item(), _over(worst, largest), cosine, largest, percentiles, norm_error
+    )
 
 
 def judge(
@@ -240,7 +245,7 @@ def judge(
             return Check.failed(source, shape, name, count, reason)
     figures = measure(torch.cat([x.flatten() for x in expected]), torch.cat([x.flatten() for x in actual]))
     allowed = atol + rtol * figures.largest
-    top1, top5 = _agreement(expected, actual) if classes else (None, None)
+    top1, top5 = best_classes(expected, actual) if classes else (None, None)
     failure = ""
     if not all(x.isfinite().all() for x in expected):
         failure = f"{sides[0]}'s own output holds NaN or infinity"
@@ -278,7 +283,7 @@ def _mismatch(e: Tensor, a: Tensor, sides: tuple[str, str], classes: bool, same_
     return ""
 
 
-def _agreement(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[int, int | None]:
+def best_classes(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[int, int | None]:
     """Images with the same best class, and with the same five best (None for fewer than five classes)."""
     pairs = list(zip(expected, actual, strict=True))
     top1 = sum(int((e.argmax(1) == a.argmax(1)).sum()) for e, a in pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -83,3 +83,11 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "unknown"
+
+
+def entry_of(meta: Mapping[str, str], key: str) -> Any:
+    """An entry of the metadata; values that aren't text are JSON."""
+    try:
+        return json.loads(meta.get(key, "null"))
+    except ValueError:
+        return meta[key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -27,19 +26,22 @@ from .capture import (
     quiet,
     translate,
 )
+from .clock import Clock
+from .compare import noise
 from .downgrade import to_opset_17
 from .errors import ExportError
 from .external import is_large, publish, remove_weights, scratch_pair
 from .files import check_target, write_atomically
 from .functions import Nodes
 from .graph import GraphSummary, TensorInfo, advice, check, check_file, clean, summarize
-from .images import Preprocessing, find_images, load_image, pretrained_cfg
+from .images import Preprocessing, default_size, find_images, load_image, pretrained_cfg
+from .measure import VerificationReport
 from .metadata import check_classes, describe, installed, text
 from .optimise import optimise
 from .pixels import take_pixels
 from .precision import check_dtype, convert_precision
 from .runs import load
-from .verify import VerificationReport, default_size, noise, verify_onnx
+from .verify import verify_onnx
 
 if TYPE_CHECKING:
     import onnx
@@ -204,7 +206,7 @@ def to_onnx(
         if open_sides:
             _check_free(model, size, open_sides)
             example = _large(module, example, open_sides)
-        clock = _Clock()
+        clock = Clock()
         with quiet():
             say("tracing the model")
             nodes = Nodes() if operators == "fused" else None
@@ -356,18 +358,6 @@ def _large(module: Outputs, example: Tensor, axes: Sequence[str]) -> Tensor:
 def _smallest(verification: VerificationReport | None, axis: str) -> float:
     checks = verification.checks if verification else ()
     return min((check.shape[PLACES[axis]] for check in checks), default=float("inf"))
-
-
-class _Clock:
-    """Seconds from lap to lap."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
 
 
 def _check_axes(dynamic: Collection[str]) -> tuple[str, ...]:

@@ -29,11 +29,11 @@ from .calibration import (
     preprocessing_of,
 )
 from .capture import Outputs, evaluation, form_of, prepared
+from .clock import Clock
 from .errors import ExportError, QuantizationError
 from .files import check_target, write_atomically
 from .graph import GraphSummary, check, opset_of, summarize
 from .images import Preprocessing
-from .onnx import _Clock
 from .qdq import Layer, Quantiser, find_layers
 from .sensitivity import BATCH, Agreement, compare, outputs, own_errors, speedups
 from .verify import BATCHES
@@ -205,7 +205,7 @@ def quantize_onnx(
     layers = _layers(plain)
     size = input_size(_only_input(plain), meta)
     prepare = preprocessing_of(meta, preprocessing)
-    clock = _Clock()
+    clock = Clock()
     images = load(photos.calibration, prepare, size, count)
     expected = outputs(plain, images)
     tensors = {layer.input for layer in layers} | {x.output for x in layers if x.op_type == "Conv"}

@@ -7,8 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .calibration import Count, batches
 from .errors import ExportError
+from .measure import best_classes, measure
 from .qdq import Layer, Quantiser, Range
 from .runs import open_session
 
@@ -49,20 +52,16 @@ class Agreement:
 
 def compare(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> Agreement:
     """Compare outputs `(N, ...)` by name."""
-    import numpy as np
-
     errors, cosines, top1 = [0.0], [1.0], None
     for name, value in expected.items():
-        e, a = value.astype(np.float64).ravel(), actual[name].astype(np.float64).ravel()
-        if not np.isfinite(a).all():
+        e, a = torch.from_numpy(value), torch.from_numpy(actual[name])
+        if not a.isfinite().all():
             return Agreement(float("inf"), 0.0, None if top1 is None else 0.0)
-        size = np.linalg.norm(e)
-        difference = np.linalg.norm(a - e)
-        errors.append(float(difference / size) if size else float("inf") if difference else 0.0)
-        product = size * np.linalg.norm(a)
-        cosines.append(float(e @ a / product) if product else float(not difference))
-        if name == "logits" and value.ndim == 2:
-            top1 = float((value.argmax(1) == actual[name].argmax(1)).mean())
+        figures = measure(e, a)
+        errors.append(figures.norm_error)
+        cosines.append(figures.cosine)
+        if name == "logits" and e.ndim == 2:
+            top1 = best_classes([e], [a])[0] / len(e)
     return Agreement(max(errors), min(cosines), top1)
 
 

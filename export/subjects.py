@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,14 @@ from .capture import PLACES, Outputs, evaluation, form_of, prepared
 from .errors import ExportError
 from .graph import precision_of, walk
 from .images import Preprocessing, pretrained_cfg
+from .metadata import entry_of
 from .runs import Run, interface, load, open_runs, runtime_name
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
+
+    from .engine import Engine
 
 ENGINES = (".engine", ".plan")
 """Suffixes of files that TensorRT loads."""
@@ -50,7 +53,7 @@ class Way:
     source: Run | None = None
 
 
-class Subject:
+class Subject(ABC):
     """One side of a comparison.
 
     Attributes:
@@ -85,9 +88,9 @@ class Subject:
     loose = False
     remarks: Sequence[str] = ()
 
+    @abstractmethod
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Outputs by name, on the CPU, for images as the side takes them."""
-        raise NotImplementedError
 
     def ways(self) -> list[Way]:
         """The ways to run it that are to be compared; the first is `run`."""
@@ -158,9 +161,9 @@ class OnnxSubject(Subject):
         sides = zip(("batch", "height", "width"), (batch, height, width), strict=True)
         self.axes = {axis: self._axis(axis, size) for axis, size in sides}
         self.preprocessing = _preprocessing(self.meta)
-        size = _entry(self.meta, "input_size")
+        size = entry_of(self.meta, "input_size")
         self.size = (int(size[-2]), int(size[-1])) if isinstance(size, list) and len(size) > 1 else None
-        classes = _entry(self.meta, "num_classes")
+        classes = entry_of(self.meta, "num_classes")
         self.classes = classes if isinstance(classes, int) and classes else None
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
@@ -201,7 +204,7 @@ class OnnxSubject(Subject):
         if isinstance(size, int):
             return Axis(size)
         multiple, lowest = (
-            _entry(self.meta, f"vitrail.{axis}_{what}") for what in ("multiple", "proven_from")
+            entry_of(self.meta, f"vitrail.{axis}_{what}") for what in ("multiple", "proven_from")
         )
         return Axis(None, int(multiple or 1), int(lowest or 1))
 
@@ -216,19 +219,16 @@ class EngineSubject(Subject):
     noun = "engine"
     runs = "TensorRT"
 
-    def __init__(self, path: str | os.PathLike[str]):
-        from .engine import Engine
-
-        self._engine = Engine(path)
-        self.name = os.fspath(path)
-        self.runtime = f"{self._engine.library} on {torch.cuda.get_device_name()}"
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.name = os.fspath(self._engine.path)
+        self.runtime = self._engine.runtime
         self.precision = str(self._engine.report.get("dtype", "float32"))
         self.output_names = [output.name for output in self._engine.outputs]
         self.meta: dict[str, str] = self._engine.report.get("metadata", {})
         self.preprocessing = _preprocessing(self.meta)
         self.pictures = self._engine.input.dtype == "uint8"
-        order = (0, 3, 1, 2) if self.pictures else (0, 1, 2, 3)
-        least, best, most = ([shape[i] for i in order] for shape in self._engine.profile)
+        least, best, most = (images_shape(shape, self.pictures) for shape in self._engine.profile)
         self.channels, self.size = best[1], (best[2], best[3])
         self.axes = {
             name: Axis(best[i] if least[i] == most[i] else None, least=least[i], most=most[i])
@@ -245,12 +245,10 @@ class EngineSubject(Subject):
         return {name: as_tensor(value) for name, value in self._engine.run(images).items()}
 
 
-def _entry(meta: Mapping[str, str], key: str) -> Any:
-    """An entry of the metadata; values that aren't text are JSON."""
-    try:
-        return json.loads(meta.get(key, "null"))
-    except ValueError:
-        return meta[key]
+def images_shape(shape: Sequence[int], pictures: bool) -> tuple[int, int, int, int]:
+    """Batch, channels, height and width of an input's shape."""
+    batch, channels, height, width = (shape[i] for i in ((0, 3, 1, 2) if pictures else range(4)))
+    return batch, channels, height, width
 
 
 def _preprocessing(meta: Mapping[str, str]) -> Preprocessing | None:
@@ -259,7 +257,7 @@ def _preprocessing(meta: Mapping[str, str]) -> Preprocessing | None:
     Raises:
         ExportError: it makes no sense.
     """
-    found = {key: _entry(meta, key) for key in Preprocessing.__dataclass_fields__ if key in meta}
+    found = {key: entry_of(meta, key) for key in Preprocessing.__dataclass_fields__ if key in meta}
     if not {"mean", "std"} <= found.keys():
         return None
     try:
@@ -288,7 +286,9 @@ def subject(side: nn.Module | str | os.PathLike[str] | bytes | Subject, form: st
     if suffix == ".onnx":
         return OnnxSubject(side)
     if suffix in ENGINES:
-        return EngineSubject(side)
+        from .engine import Engine
+
+        return EngineSubject(Engine(side))
     raise ValueError(
         f"{os.fspath(side)!r} is neither an ONNX file (.onnx) nor an engine ({', '.join(ENGINES)}); "
         f"for a checkpoint, load it into its model and give that"

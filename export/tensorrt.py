@@ -39,10 +39,10 @@ from .engine_shapes import (
 from .files import check_target
 from .graph import precision_of, summarize, walk
 from .images import Preprocessing
+from .measure import TOLERANCES
 from .onnx import to_onnx
 from .precision import check_dtype, convert_precision
 from .traps import attentions, traps
-from .verify import TOLERANCES
 
 if TYPE_CHECKING:
     import onnx
@@ -292,6 +292,7 @@ def _tried(
         verification = verify_engine(
             engine,
             model,
+            precision=report.dtype,
             images=images,
             preprocessing=preprocessing,
             rtol=rtol,

@@ -14,24 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from .compare import Comparison, noise, pixel_noise, plan_for, reference_of
-from .images import Preprocessing
-from .measure import TOLERANCES, Check, VerificationReport
+from .compare import Comparison, plan_for, reference_of
+from .images import Preprocessing, default_size
+from .measure import TOLERANCES, VerificationReport
 from .subjects import ModuleSubject, OnnxSubject
 
 BATCHES = (1, 3)
 """Batch sizes tried where the batch is dynamic. The graph is traced at 2, so that neither is the traced one."""
-
-__all__ = [
-    "BATCHES",
-    "TOLERANCES",
-    "Check",
-    "VerificationReport",
-    "default_size",
-    "noise",
-    "pixel_noise",
-    "verify_onnx",
-]
 
 
 def verify_onnx(
@@ -94,22 +83,3 @@ def verify_onnx(
         original=reference_of(original),
     )
     return replace(comparison.report(images), seconds=time.perf_counter() - started)
-
-
-def default_size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width from the argument, else from the model's `pretrained_cfg`, else 224.
-
-    Raises:
-        TypeError, ValueError: not a positive whole number or a pair of them.
-    """
-    from .images import pretrained_cfg
-
-    if img_size is None:
-        input_size = pretrained_cfg(model).get("input_size")
-        return (int(input_size[-2]), int(input_size[-1])) if input_size else (224, 224)
-    pair = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
-        raise TypeError(f"img_size must be a whole number or (height, width), got {img_size!r}")
-    if min(pair) < 1:
-        raise ValueError(f"img_size must be positive, got {img_size!r}")
-    return pair[0], pair[1]

@@ -225,8 +225,8 @@ def runtimes() -> str:
         )
         ratios = [_ratio(group, name, "ONNX Runtime") for name in others]
         rows.append([f"`{model}`", str(batch), _milliseconds(file), _spread(file), *ratios])
-    text = """float32 but for int8. Milliseconds of our file in ONNX Runtime, and how many times as long as it the others
-        take: in 8 bits, the authors' and timm's models exported, and ours in torch."""
+    text = """float32 but for int8. Milliseconds of our file in ONNX Runtime, and how many times as long as it the
+        others take: in 8 bits, the authors' and timm's models exported, and ours in torch."""
     headers = ["model", "batch", "our file", "spread", "int8", "authors", "timm", "torch", "inference form"]
     return f"{_heading(result, text)}\n\n{_table(headers, rows, 1)}"
 

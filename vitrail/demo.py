@@ -16,8 +16,7 @@ from .catalog import create_model
 from .explain import View, explain_picture
 from .export import ExportReport, Preprocessing, to_onnx
 from .export.files import write_atomically
-from .export.images import load_image, sample_photos
-from .export.verify import default_size
+from .export.images import default_size, load_image, sample_photos
 from .ops import library, use_ops
 from .profiling import ProfileReport, profile
 from .zoo.inference import standard_form

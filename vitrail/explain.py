@@ -24,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .export import Preprocessing
 from .export.capture import evaluation
 from .export.files import check_target, write_atomically
-from .export.images import load_image
-from .export.verify import default_size
+from .export.images import default_size, load_image
 from .ops import connectivity_topk, library, use_ops
 from .ops.connectivity_attention import connectivity_logits
 

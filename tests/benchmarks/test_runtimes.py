@@ -42,7 +42,7 @@ def test_files_in_float32_and_8_bits_run_beside_torch(run, runtimes, tmp_path):
     [
         (["--models", "biformer_tinny"], "no model is called 'biformer_tinny'"),
         (["--dtype", "bfloat16"], "measured on the CPU in float32"),
-        (["--calibration", "no/such"], "--calibration: there is no file or folder no/such"),
+        (["--calibration", "no/such"], "--calibration: no such image or folder: no/such"),
         (["--calibration", ".", "--no-int8"], "leave --no-int8 out"),
         (["--peers", "no/such"], "--peers: there is no folder 'no/such'"),
     ],

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,13 +23,18 @@ pytestmark = pytest.mark.long
 SPILLED = 128
 
 
+def _compiler(find: Callable[[], library.Compiler]) -> library.Compiler:
+    """The compiler; without the CUDA toolkit there is nothing to test."""
+    try:
+        return find()
+    except library.BuildError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The library, and what the compiler says of the kernels."""
-    try:
-        compiler = library.find_cuda_compiler()
-    except library.BuildError as error:
-        pytest.skip(str(error))
+    compiler = _compiler(library.find_cuda_compiler)
     path = tmp_path_factory.mktemp("cuda") / library.CUDA_LIBRARY_NAME
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_CUDA_ARCH_LIST", " ".join(library.CUDA_ARCHITECTURES))
@@ -89,10 +95,7 @@ def test_it_loads_where_there_is_no_gpu_and_registers_its_kernels(compiled):
 
 
 def test_plugins_compile_without_a_warning_and_load_where_there_is_no_gpu(tmp_path):
-    try:
-        compiler = library.find_nvcc()
-    except library.BuildError as error:
-        pytest.skip(str(error))
+    compiler = _compiler(library.find_nvcc)
     path = tmp_path / library.PLUGIN_LIBRARY_NAME
     compiles, link = library.plugin_commands(compiler, path, archs=["sm_89"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -44,8 +44,8 @@ def test_the_stand_in_has_the_interface_of_the_real_runtime(stand_in, real):
     assert {member.name for member in gpu_stand_in.TensorIOMode} <= set(tensorrt_rtx.TensorIOMode.__members__)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
-def test_an_engine_without_a_gpu_is_one_clear_error(plan):
+def test_an_engine_without_a_gpu_is_one_clear_error(plan, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NoGPUError, match=r"m\.engine runs on an NVIDIA GPU and torch sees none here"):
         Engine(plan)
 

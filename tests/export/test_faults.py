@@ -10,8 +10,10 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -23,6 +25,7 @@ from vitrail.export.external import publish, scratch_pair
 from vitrail.export.files import WriteError, write_atomically
 
 OLD = b"the file that was there"
+_NOBODY = 65534  # a user without rights
 
 
 def _bytes(target, _model):
@@ -157,14 +160,23 @@ def test_a_real_limit_on_the_size_of_files_changes_nothing_whoever_writes(writer
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_the_right_to_write_is_refused_whoever_writes(writer, tmp_path):
-    tmp_path.chmod(0o555)
-    try:
-        with pytest.raises(PermissionError, match="write"):
-            writer(tmp_path / "target")
-    finally:
-        tmp_path.chmod(0o755)
+def test_a_folder_without_the_right_to_write_is_refused_whoever_writes(writer):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        child = os.fork()
+        if child == 0:  # root may write everywhere, so this is somebody else
+            status = 1
+            with contextlib.suppress(BaseException):
+                if os.geteuid() == 0:
+                    os.setgid(_NOBODY)
+                    os.setuid(_NOBODY)
+                with pytest.raises(OSError, match=r"right to write|not writable"):
+                    writer(Path(folder) / "target")
+                status = 0
+            os._exit(status)
+        _, status = os.waitpid(child, 0)
+        assert status == 0
+        assert os.listdir(folder) == []
 
 
 def test_a_folder_that_has_gone_meanwhile_is_named(tmp_path):

@@ -455,7 +455,7 @@ def test_an_operator_outside_the_standard_is_refused(tmp_path):
         ({"preprocessing": {"means": 0.5}}, ValueError, "preprocessing has no means"),
         ({"preprocessing": {"std": 0.0}}, ValueError, "std need a value per channel, std above 0"),
         ({"images": []}, ValueError, "images is empty"),
-        ({"images": ["nowhere.jpg"]}, FileNotFoundError, "no such image: nowhere.jpg"),
+        ({"images": ["nowhere.jpg"]}, FileNotFoundError, "no such image or folder: nowhere.jpg"),
     ],
 )
 def test_wrong_arguments_get_one_clear_message_and_no_file(make, tmp_path, arguments, error, message):

@@ -108,7 +108,7 @@ def test_the_version_is_the_packages(cli):
         ),
         (
             ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int8", "--calibration", "."],
-            ". holds no images",
+            "the folder . holds no image",
         ),
         (
             ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int4"],

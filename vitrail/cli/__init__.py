@@ -101,7 +101,10 @@ def _run(argv: list[str]) -> int:
         if debug:
             traceback.print_exc()
         expected = isinstance(error, UsageError | JobFailed | OSError)
-        terminal.error(str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)")
+        terminal.error(
+            str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)",
+            **(error.details if isinstance(error, JobFailed) else {}),
+        )
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -14,8 +14,10 @@ from .terminal import (
     add_image_size,
     add_model,
     add_operators,
+    add_seed,
     at_least,
     existing_file,
+    existing_path,
     new_file,
     positive_number,
 )
@@ -47,12 +49,6 @@ def _axes(text: str) -> tuple[str, ...]:
             f"'{text}' must be none, or some of {','.join(_AXES)} with commas between"
         )
     return axes
-
-
-def _images(text: str) -> str:
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"there is no file or folder '{text}'")
-    return text
 
 
 def _classes(text: str) -> list[str]:
@@ -142,7 +138,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     add_operators(parser)
     parser.add_argument(
         "--images",
-        type=_images,
+        type=existing_path,
         nargs="+",
         metavar="PATH",
         help="photos or folders to verify with (default: the two that scikit-learn ships)",
@@ -156,13 +152,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="X",
         help="largest error relative to the largest value (default: that of vitrail.export)",
     )
-    parser.add_argument(
-        "--seed",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="of random weights and noise (default: %(default)s)",
-    )
+    add_seed(parser)
     _add_quantisation(parser)
     parser.set_defaults(run=run)
     export_tensorrt.add(formats, common)
@@ -198,7 +188,10 @@ def _add_quantisation(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--quantize", choices=("int8",), help="multiply in 8 bits; needs --calibration")
     group.add_argument(
-        "--calibration", type=_images, metavar="FOLDER", help="photos like those that the model will see"
+        "--calibration",
+        type=existing_path,
+        metavar="FOLDER",
+        help="photos like those that the model will see",
     )
     group.add_argument(
         "--calibration-limit",
@@ -344,15 +337,9 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                     **quantisation,
                 )
     except QuantizationError as error:
-        if not terminal.as_json:
-            raise JobFailed(str(error)) from error
-        terminal.result({"ok": False, "error": str(error), "quantization": error.report.to_dict()})
-        return 1
+        raise JobFailed(str(error), quantization=error.report.to_dict()) from error
     except VerificationError as error:
-        if not terminal.as_json:
-            raise JobFailed(str(error)) from error
-        terminal.result({"ok": False, "error": str(error), "verification": error.report.to_dict()})
-        return 1
+        raise JobFailed(str(error), verification=error.report.to_dict()) from error
     except (ExportError, CheckpointError) as error:
         raise JobFailed(str(error)) from error
     if quantised is None:

@@ -10,6 +10,7 @@ from .terminal import (
     UsageError,
     add_image_size,
     add_operators,
+    add_seed,
     at_least,
     existing_file,
     image_size,
@@ -153,9 +154,7 @@ def add(formats: Any, common: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tolerance", type=positive_number, metavar="X", help="of the engine, relative to the largest value"
     )
-    group.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="N", help="of weights and noise (default: 0)"
-    )
+    add_seed(group)
     parser.set_defaults(run=run)
 
 
@@ -192,10 +191,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 progress=steps.begin,
             )
     except VerificationError as error:
-        if not terminal.as_json:
-            raise JobFailed(str(error)) from error
-        terminal.result({"ok": False, "error": str(error), "verification": error.report.to_dict()})
-        return 1
+        raise JobFailed(str(error), verification=error.report.to_dict()) from error
     except (ExportError, CheckpointError, ImportError) as error:
         raise JobFailed(str(error)) from error
     except ValueError as error:

@@ -19,7 +19,11 @@ class UsageError(Exception):
 
 
 class JobFailed(Exception):
-    """The command was fine, its job failed: exit code 1."""
+    """The command was fine, its job failed: exit code 1. `details` join the document of `--json`."""
+
+    def __init__(self, text: str, **details: Any):
+        super().__init__(text)
+        self.details = details
 
 
 class ResultLost(Exception):
@@ -107,10 +111,10 @@ class Terminal:
         with _writing_result():
             print(text, file=self._stdout, flush=True)
 
-    def error(self, text: str) -> None:
-        """Say on stderr what went wrong; with `--json` also in a document on stdout."""
+    def error(self, text: str, **details: Any) -> None:
+        """Say on stderr what went wrong; with `--json` also in a document on stdout, with `details`."""
         if self.as_json:
-            self.result({"ok": False, "error": text})
+            self.result({"ok": False, "error": text, **details})
         print(f"error: {text}", file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
@@ -299,6 +303,24 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
         metavar="N|HxW",
         help="input size (default: what the model is meant for)",
     )
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """The option --seed."""
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of random weights and noise (default: %(default)s)",
+    )
+
+
+def existing_path(text: str) -> str:
+    """Parse a file or folder that is there."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"there is no file or folder '{text}'")
+    return text
 
 
 def size_text(size: Sequence[int]) -> str:

@@ -12,8 +12,10 @@ from .terminal import (
     Terminal,
     UsageError,
     add_image_size,
+    add_seed,
     at_least,
     existing_file,
+    existing_path,
     model_name,
     positive_number,
 )
@@ -75,12 +77,6 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(at_least(1)(part.strip()) for part in text.split(",")))
 
 
-def _images(text: str) -> str:
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"there is no file or folder '{text}'")
-    return text
-
-
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
@@ -107,7 +103,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     add_image_size(parser)
     parser.add_argument(
         "--images",
-        type=_images,
+        type=existing_path,
         nargs="+",
         metavar="PATH",
         help="photos or folders (default: the two that scikit-learn ships)",
@@ -137,13 +133,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="show how the error grows on the way, also where nothing fails",
     )
     parser.add_argument("--no-trace", dest="trace", action="store_false", help="show outputs only")
-    parser.add_argument(
-        "--seed",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="of random weights and noise (default: %(default)s)",
-    )
+    add_seed(parser)
     parser.set_defaults(run=run)
 
 
