@@ -88,6 +88,7 @@ class Signature:
     """What calls have in common that share a function."""
 
     operator: str
+    definition: Callable[..., Any]
     shapes: tuple[tuple[Dim, ...] | None, ...]
     dtypes: tuple[torch.dtype | None, ...]
     settings: tuple[Any, ...]
@@ -99,7 +100,6 @@ class Variant:
 
     name: str
     signature: Signature
-    definition: Callable[..., Any]
     names: tuple[str, ...]
     """Of all arguments, in the order of the schema."""
     example: tuple[tuple[int, ...] | None, ...]
@@ -178,6 +178,7 @@ class Nodes:
         given = dict(zip(names, args, strict=True))
         signature = Signature(
             name,
+            definition,
             tuple(None if x is None else _shape_of(x, first, given) for x in args[:count]),
             tuple(None if x is None else x.dtype for x in args[:count]),
             tuple(_setting_of(x, first, given) for x in args[count:]),
@@ -191,7 +192,7 @@ class Nodes:
                 )
             example = tuple(None if x is None else tuple(map(_hint, x.shape)) for x in args[:count])
             self.variants[signature] = Variant(
-                name if number == 1 else f"{name}_{number}", signature, definition, names, example, result
+                name if number == 1 else f"{name}_{number}", signature, names, example, result
             )
         return self.variants[signature]
 
@@ -289,7 +290,7 @@ class _Body(nn.Module):
         args = [
             None if shape is None else _shaped(next(left), shape, first, given) for shape in signature.shapes
         ]
-        out: Tensor = self.variant.definition(*args, *settings)
+        out: Tensor = self.variant.signature.definition(*args, *settings)
         return out
 
 

@@ -4,7 +4,7 @@
 stored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import log
 from typing import Any, Optional
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ._attention import join_heads, split_heads
 from ._checks import check_parameter, check_token_attention, check_tokens
-from ._operator import Operator, is_replaced, wide_dtype
+from ._operator import Operator, is_replaced, replacement, wide_dtype
 from .connectivity_topk import check_candidates_in_range, check_choice, choose
 from .connectivity_topk import reference as choose_by_definition
+from .sparse_attention import _fake as fake_attention
 from .sparse_attention import reference_of_masks, reference_of_sets, sparse_attention
 
 # --- the definition ---------------------------------------------------------------------------------------------------
@@ -78,10 +79,25 @@ def _one_after_the_other(
 def reference(*args: Any) -> Tensor:
     """The definition in plain PyTorch; differentiable, traceable, and the body that export uses."""
     wide = (x.to(wide_dtype(x)) for x in args[:3])
-    num_keys = args[8]
-    attend = reference_of_sets if num_keys > 0 else reference_of_masks
-    out = _one_after_the_other(choose_by_definition, attend, *wide, *args[3:])
+    out = _one_after_the_other(choose_by_definition, _definition_for(args), *wide, *args[3:])
     return out.to(args[0].dtype)
+
+
+def _definition_for(args: Sequence[Any]) -> Callable[..., Tensor]:
+    """That of attention to the lists that are chosen: so many keys for each query, or those above a threshold."""
+    num_keys = args[8]
+    return reference_of_sets if num_keys > 0 else reference_of_masks
+
+
+def _replaced(*args: Any) -> Tensor:
+    """What stands for the two operators inside `replaced`."""
+
+    def attend(*lists: Any) -> Tensor:
+        stands_for = replacement("sparse_attention", _definition_for(args), fake_attention, lists)
+        assert stands_for is not None
+        return stands_for
+
+    return _one_after_the_other(choose, attend, *args)
 
 
 def composed(*args: Any) -> Tensor:
@@ -236,7 +252,7 @@ def connectivity_attention(
     if projection is not None:
         projection = projection.detach().to(dtype)
     wants_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return (composed if wants_gradients or is_replaced() else _operator)(
+    return (_replaced if is_replaced() else composed if wants_gradients else _operator)(
         q,
         k,
         v,

@@ -170,13 +170,14 @@ class NodeCall:
         definition = importlib.import_module(f"vitrail.ops.{self.operator}").reference
         signature = Signature(
             self.operator,
+            definition,
             tuple(dims(name) if name in given else None for name in tensors),
             tuple(given[name].dtype if name in given else None for name in tensors),
             tuple(map(setting, self.settings)),
         )
         example = tuple(tuple(given[name].shape) if name in given else None for name in tensors)
         result = torch.int64 if self.operator in ("region_route", "connectivity_topk") else torch.float32
-        return Variant(self.operator, signature, definition, self.names, example, result)
+        return Variant(self.operator, signature, self.names, example, result)
 
     def attributes(self) -> dict[str, Any]:
         """Of the node."""

@@ -122,17 +122,21 @@ def test_a_run_that_fails_is_an_error(exported, plan, monkeypatch):
 def test_an_engine_is_verified_over_its_profile(exported, plan, monkeypatch):
     model, onnx, _ = exported
     with gpu(monkeypatch, onnx):
-        report = verify_engine(Engine(plan, library="tensorrt_rtx"), model, rtol=1e-4, atol=1e-6)
+        report = verify_engine(
+            Engine(plan, library="tensorrt_rtx"), model, precision="float16", rtol=1e-4, atol=1e-6
+        )
     assert report.passed
     assert {check.shape[0] for check in report.checks} == {1, 2, 4}
     assert {check.source for check in report.checks} == {"photos", "noise"}
-    assert report.runtime == "tensorrt_rtx on stand-in"
+    assert (report.runtime, report.precision) == ("tensorrt_rtx on stand-in", "float16")
 
 
 def test_an_engine_that_computes_something_else_fails_verification(exported, plan, monkeypatch):
     model, onnx, _ = exported
     with gpu(monkeypatch, onnx, error=1.001):
-        report = verify_engine(Engine(plan, library="tensorrt_rtx"), model, rtol=1e-4, atol=1e-6)
+        report = verify_engine(
+            Engine(plan, library="tensorrt_rtx"), model, precision="float16", rtol=1e-4, atol=1e-6
+        )
     assert not report.passed
     assert all("max error" in check.failure for check in report.checks)
 

@@ -72,8 +72,7 @@ def test_every_node_is_a_plugin_in_the_engine(fused, plugins, tmp_path, name, dt
     assert report.size_bytes > plugins.stat().st_size
 
 
-def test_without_plugins_the_functions_are_built(fused, tmp_path):
-    report = to_tensorrt(
-        fused("biformer_pico"), tmp_path / "m.engine", batch=(1, 2, 8), archs=["sm_89"], plugins=[]
-    )
+@pytest.mark.parametrize("name", ["biformer_pico", "sparsifiner_pico"])
+def test_without_plugins_the_functions_are_built(fused, tmp_path, name):
+    report = to_tensorrt(fused(name), tmp_path / "m.engine", batch=(1, 2, 8), archs=["sm_89"], plugins=[])
     assert len(report.plugins) == of_plugins(report) == 0
