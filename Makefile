@@ -20,7 +20,7 @@ demo: $(READY) ## a photo through biformer_tiny: features, routing picture, veri
 	$(BIN)/vitrail demo
 
 test: $(READY) ## the tests (about half an hour on two cores)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --durations=30
 
 test-all: $(READY) ## the tests and those that take minutes each
 	$(PYTEST)
