@@ -1,8 +1,8 @@
 """The compiled libraries: which path the operators take, and how a library is found, built and loaded.
 
-There is one for the CPU and one for NVIDIA GPUs, each loaded when the first tensor comes that lies there, and one of
-plugins for TensorRT, which is not loaded here. They are
-plain C++ and CUDA on the LibTorch stable ABI, without a Python ABI. In this order a library is taken from the path
+There is one for the CPU and one for NVIDIA GPUs, each loaded when the first tensor comes that lies there, one of
+plugins for TensorRT and one of kernels for ONNX Runtime, which these load. They are plain C++ and CUDA without a Python
+ABI, the first two on the LibTorch stable ABI. In this order a library is taken from the path
 that the environment names, from the package itself (a wheel may carry it), or from the cache, into which it is
 compiled at first use; never at import. Where none of that works, one warning says why, and the PyTorch definitions
 run instead.
@@ -13,6 +13,7 @@ Environment:
     VITRAIL_LIBRARY       path of a library for the CPU to load instead of any other.
     VITRAIL_CUDA_LIBRARY  the same for GPUs.
     VITRAIL_PLUGIN_LIBRARY  path of a library of plugins for TensorRT to use instead of any other.
+    VITRAIL_ONNXRUNTIME_LIBRARY  path of a library of kernels for ONNX Runtime to use instead of any other.
     VITRAIL_CACHE         where libraries are kept; default $XDG_CACHE_HOME/vitrail or ~/.cache/vitrail.
     VITRAIL_LOCK_TIMEOUT  seconds to wait for another process that is compiling; default 300.
     CXX                   the C++ compiler; default: the first of c++, g++, clang++.
@@ -48,6 +49,7 @@ MODES = ("auto", "fused", "reference")
 LIBRARY_NAME = "libvitrail.so"
 CUDA_LIBRARY_NAME = "libvitrail_cuda.so"
 PLUGIN_LIBRARY_NAME = "libvitrail_tensorrt.so"
+ONNXRUNTIME_LIBRARY_NAME = "libvitrail_onnxruntime.so"
 
 # --- which path ---------------------------------------------------------------------------------------------
 
@@ -96,7 +98,12 @@ def use_ops(mode: str) -> Iterator[None]:
 # --- what is compiled, and how ------------------------------------------------------------------------------
 
 _SOURCES = Path(__file__).resolve().parent.parent / "csrc"
-_PLUGIN_SOURCES = _SOURCES / "tensorrt"
+_FOLDERS = {
+    "tensorrt": ("tensorrt",),
+    "onnxruntime": ("onnxruntime",),
+    "standalone": ("tensorrt", "onnxruntime"),
+}
+"""Folders of sources that concern some of the libraries only: those of these devices."""
 _TORCH = Path(torch.__file__).resolve().parent
 _FLAGS = (
     "-std=c++17",
@@ -219,10 +226,24 @@ def _instruction_sets() -> dict[str, tuple[str, ...]]:
     return {"portable": ()}
 
 
-def compile_commands(
-    compiler: Compiler, target: Path, sanitize: Sequence[str] = ()
+def _sources(device: str, suffix: str) -> list[Path]:
+    """All sources that concern the library for a device."""
+    return [path for path in sorted(_SOURCES.rglob(f"*{suffix}")) if _concerns(path, device)]
+
+
+def _concerns(path: Path, device: str) -> bool:
+    return device in _FOLDERS.get(path.parent.name, (device,))
+
+
+def _cpu_units(
+    compiler: Compiler,
+    target: Path,
+    sources: Sequence[Path],
+    flags: Sequence[str],
+    host_flags: Sequence[str] = (),
+    sanitize: Sequence[str] = (),
 ) -> tuple[list[list[str]], list[str]]:
-    """The commands that compile each unit beside `target`, and the one that links them to `target`.
+    """The commands that compile sources beside `target`, and the beginning of the one that links them.
 
     `*_kernel.cpp` is compiled once per instruction set, any other source once.
     """
@@ -230,21 +251,32 @@ def compile_commands(
     extra = [*sanitizer, "-fno-sanitize-recover=all", "-g", "-O1"] if sanitize else ["-O3"]
     compiles, objects = [], []
 
-    def unit(source: Path, name: str, *flags: str) -> None:
+    def unit(source: Path, name: str, *more: str) -> None:
         objects.append(str(target.with_name(f"{name}.o")))
-        compiles.append([*compiler.command, *_FLAGS, *extra, *flags, "-c", str(source), "-o", objects[-1]])
+        command = [*compiler.command, *_FLAGS, *extra, *flags, *more]
+        compiles.append([*command, "-c", str(source), "-o", objects[-1]])
 
-    sources = [path for path in sorted(_SOURCES.rglob("*.cpp")) if path.parent != _PLUGIN_SOURCES]
-    for name, flags in _instruction_sets().items():
+    for name, instructions in _instruction_sets().items():
         for source in sources:
             if source.stem.endswith("_kernel"):
-                unit(source, f"{source.stem}.{name}", f"-DVITRAIL_ISA={name}", *flags)
+                unit(source, f"{source.stem}.{name}", f"-DVITRAIL_ISA={name}", *instructions)
     for source in sources:
         if not source.stem.endswith("_kernel"):
-            unit(source, source.stem, *_TORCH_FLAGS)
+            unit(source, source.stem, *host_flags)
+    return compiles, [*compiler.command, "-shared", *sanitizer, "-o", str(target), *objects]
+
+
+def compile_commands(
+    compiler: Compiler, target: Path, sanitize: Sequence[str] = ()
+) -> tuple[list[list[str]], list[str]]:
+    """The commands that compile each unit beside `target`, and the one that links them to `target`.
+
+    `*_kernel.cpp` is compiled once per instruction set, any other source once.
+    """
+    sources = _sources("cpu", ".cpp")
+    compiles, link = _cpu_units(compiler, target, sources, (), _TORCH_FLAGS, sanitize)
     lib = _TORCH / "lib"
-    libraries = [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
-    return compiles, [*compiler.command, "-shared", *sanitizer, "-o", str(target), *objects, *libraries]
+    return compiles, [*link, f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
 
 
 # Every architecture that has what the kernels use, the newest also as PTX, for those to come.
@@ -324,14 +356,14 @@ def cuda_commands(
     """The same as `compile_commands` for the kernels of GPUs, which no sanitizer of the host knows."""
     # torch's shims for CUDA stand behind USE_CUDA
     flags = (*_CUDA_FLAGS, *_cuda_codes(), "-DUSE_CUDA", _TORCH_VERSION, f"-isystem={_TORCH / 'include'}")
-    sources = [path for path in sorted(_SOURCES.rglob("*.cu")) if path.parent != _PLUGIN_SOURCES]
+    sources = _sources("cuda", ".cu")
     compiles, objects = _units([*compiler.command, *flags], sources, target)
     lib = _TORCH / "lib"
     libraries = [f"-L{lib}", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-Xlinker", f"-rpath={lib}"]
     return compiles, [*compiler.command, "-shared", "-o", str(target), *objects, *libraries]
 
 
-# Operators that are plugins; all but these have no place in an engine, whose own layers they would replace.
+# Operators that are nodes of fused files; other runtimes have layers of their own in place of the rest.
 PLUGINS = (
     "channel_attention",
     "connectivity_topk",
@@ -347,17 +379,41 @@ PLUGINS = (
 def plugin_sources() -> list[Path]:
     """The plugin class, and the kernels that plugins run: those of the forward pass."""
     kernels = [_SOURCES / "cuda" / "attention.cu", *(_SOURCES / "ops" / f"{name}.cu" for name in PLUGINS)]
-    own = [path for path in sorted(_PLUGIN_SOURCES.iterdir()) if path.suffix in (".cpp", ".cu")]
-    return [*kernels, *own]
+    return [*kernels, *_standalone_sources("tensorrt")]
+
+
+def _standalone_sources(device: str) -> list[Path]:
+    """What stands between the operators and a runtime without torch."""
+    folders = (_SOURCES / "standalone", _SOURCES / device)
+    return [
+        path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".cpp", ".cu")
+    ]
 
 
 def plugin_commands(
     compiler: Compiler, target: Path, sanitize: Sequence[str] = (), archs: Sequence[str] = ()
 ) -> tuple[list[list[str]], list[str]]:
     """The same for plugins of TensorRT, which know nothing of torch."""
-    command = [*compiler.command, *_CUDA_FLAGS, *_cuda_codes(archs), "-DVITRAIL_TENSORRT"]
+    command = [*compiler.command, *_CUDA_FLAGS, *_cuda_codes(archs), "-DVITRAIL_STANDALONE"]
     compiles, objects = _units(command, plugin_sources(), target)
     return compiles, [*compiler.command, "-shared", "-cudart=static", "-o", str(target), *objects]
+
+
+def onnxruntime_sources() -> list[Path]:
+    """The custom operators of ONNX Runtime, and the kernels that they run: those of the forward pass."""
+    units = [name for operator in PLUGINS for name in (f"{operator}.cpp", f"{operator}_kernel.cpp")]
+    shared = [_SOURCES / "core" / "attention_kernel.cpp", _SOURCES / "dispatch" / "capability.cpp"]
+    return [*shared, *(_SOURCES / "ops" / name for name in units), *_standalone_sources("onnxruntime")]
+
+
+def onnxruntime_commands(
+    compiler: Compiler, target: Path, sanitize: Sequence[str] = ()
+) -> tuple[list[list[str]], list[str]]:
+    """The same as `compile_commands` for kernels of ONNX Runtime, which know nothing of torch."""
+    compiles, link = _cpu_units(
+        compiler, target, onnxruntime_sources(), ("-DVITRAIL_STANDALONE",), (), sanitize
+    )
+    return compiles, [*link, "-pthread"]
 
 
 @dataclass(frozen=True)
@@ -365,7 +421,7 @@ class Part:
     """One of the libraries: the device it is for, and how it is made."""
 
     device: str
-    """As a tensor's `device.type` says it, or `tensorrt`."""
+    """As a tensor's `device.type` says it, or the runtime: `tensorrt`, `onnxruntime`."""
     file: str
     variable: str
     """Of the environment: names a library to load instead."""
@@ -403,7 +459,16 @@ PLUGIN = Part(
     plugin_commands,
     (".cu", ".cpp", ".h"),
 )
-PARTS = {part.device: part for part in (CPU, CUDA, PLUGIN)}
+ONNXRUNTIME = Part(
+    "onnxruntime",
+    ONNXRUNTIME_LIBRARY_NAME,
+    "VITRAIL_ONNXRUNTIME_LIBRARY",
+    "the kernels for ONNX Runtime with {} (once; one to two minutes)",
+    find_compiler,
+    onnxruntime_commands,
+    (".cpp", ".h"),
+)
+PARTS = {part.device: part for part in (CPU, CUDA, PLUGIN, ONNXRUNTIME)}
 
 
 def _digest(*parts: object) -> str:
@@ -416,7 +481,7 @@ def _source_key(sanitize: Sequence[str] = (), part: Part = CPU) -> str:
     sources = [
         path
         for path in sorted(_SOURCES.rglob("*"))
-        if path.suffix in part.suffixes and (part.device == PLUGIN.device or path.parent != _PLUGIN_SOURCES)
+        if path.suffix in part.suffixes and _concerns(path, part.device)
     ]
     contents = [(path.relative_to(_SOURCES).as_posix(), path.read_bytes()) for path in sources]
     torch_key = (torch.__version__, torch.compiled_with_cxx11_abi())
@@ -540,13 +605,34 @@ def plugin_library(archs: Sequence[str] = (), progress: Progress | None = None) 
     Raises:
         BuildError: see `build`; or `VITRAIL_PLUGIN_LIBRARY` names no file.
     """
-    named = _prebuilt(PLUGIN)
+    commands = functools.partial(plugin_commands, archs=tuple(archs))
+    return _named(PLUGIN) or build(progress=progress, part=replace(PLUGIN, commands=commands))
+
+
+def onnxruntime_library(progress: Progress | None = None) -> Path:
+    """The library of kernels for ONNX Runtime, which is built where there is none yet.
+
+    A session in whose options it is registered runs the nodes of domain `vitrail` of a fused file by these kernels:
+
+        options.register_custom_ops_library(str(onnxruntime_library()))
+
+    Args:
+        progress: see `build`.
+
+    Raises:
+        BuildError: see `build`; or `VITRAIL_ONNXRUNTIME_LIBRARY` names no file.
+    """
+    return _named(ONNXRUNTIME) or build(progress=progress, part=ONNXRUNTIME)
+
+
+def _named(part: Part) -> Path | None:
+    """A library that was built elsewhere."""
+    named = _prebuilt(part)
     if named is not None and not named.is_file():
         raise BuildError(
-            f"there is no library at {named}, which {PLUGIN.variable} names; correct or unset it"
+            f"there is no library at {named}, which {part.variable} names; correct or unset it"
         )
-    commands = functools.partial(plugin_commands, archs=tuple(archs))
-    return named or build(progress=progress, part=replace(PLUGIN, commands=commands))
+    return named
 
 
 def _say(done: int, total: int, what: str) -> None:
@@ -733,7 +819,7 @@ class LibraryStatus:
 
 
 def status(device: str = "cpu") -> LibraryStatus:
-    """The state of the compiled library for a device, `cpu`, `cuda` or `tensorrt`; neither compiles nor loads it."""
+    """The state of the compiled library for a device or runtime, see `PARTS`; neither compiles nor loads it."""
     part, state = PARTS[device], _states[device]
     reason = state.reason
     compiler = None

@@ -9,7 +9,7 @@ namespace vitrail::cuda {
 
 void run_forward(const AnyPolicy& policy, const BlockAttention& a, const Tensor& q);
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
 
 // How a block of keys is shared out: parts, which have a block of threads each, of some warps.
 struct KeyGrid {

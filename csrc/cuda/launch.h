@@ -7,7 +7,7 @@
 #include "../ops/host.h"
 #include "simt.h"
 
-#if !defined(VITRAIL_EMULATE) && !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_EMULATE) && !defined(VITRAIL_STANDALONE)
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
@@ -18,8 +18,8 @@ inline bool some(int64_t blocks) {
     if (blocks > std::numeric_limits<int32_t>::max())
         throw std::runtime_error("this would take " + std::to_string(blocks) +
                                  " blocks of threads, more than a launch may have; use a smaller batch");
-#if defined(VITRAIL_TENSORRT)
-    if (tensorrt::Call::current()->measures()) return false;
+#if defined(VITRAIL_STANDALONE)
+    if (standalone::Call::current()->measures()) return false;
 #endif
     return blocks > 0;
 }
@@ -48,8 +48,8 @@ inline void check(const char* what, cudaError_t error) {
 
 class Launcher {
   public:
-#if defined(VITRAIL_TENSORRT)
-    explicit Launcher(const Tensor&) : stream_(tensorrt::Call::current()->stream()) {}
+#if defined(VITRAIL_STANDALONE)
+    explicit Launcher(const Tensor&) : stream_(standalone::Call::current()->stream()) {}
 #else
     explicit Launcher(const Tensor& like) : guard_(like.get_device_index()) {
         void* stream = nullptr;
@@ -75,7 +75,7 @@ class Launcher {
     }
 
   private:
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
     torch::stable::accelerator::DeviceGuard guard_;
 #endif
     cudaStream_t stream_ = nullptr;

@@ -75,7 +75,7 @@ void run_forward(const BlockKernels<Arguments>& kernels, const Arguments& a, int
 
 #endif
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
 
 // --- gradients ---
 

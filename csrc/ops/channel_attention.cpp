@@ -1,5 +1,6 @@
 // vitrail::channel_attention and its backward on the CPU: memory and threads. The arithmetic is in the
 // kernels.
+#include "../dispatch/registration.h"
 #include "channel_attention_host.h"
 
 namespace vitrail {
@@ -43,15 +44,15 @@ struct OnCpu {
     static void attend(const ChannelAttention& a, const Tensor&) {
         run(a, VITRAIL_KERNELS(kChannelAttention), 1.0);
     }
+#if !defined(VITRAIL_STANDALONE)
     static void differentiate(const ChannelAttention& a, const Tensor&) {
         run(a, VITRAIL_KERNELS(kChannelAttentionBackward), 2.5);
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
-    m.impl("channel_attention", TORCH_BOX(&vitrail::channel_attention<vitrail::OnCpu>));
-    m.impl("channel_attention_backward", TORCH_BOX(&vitrail::channel_attention_backward<vitrail::OnCpu>));
-}
+VITRAIL_REGISTER(channel_attention, &vitrail::channel_attention<vitrail::OnCpu>)
+VITRAIL_REGISTER_BACKWARD(channel_attention_backward, &vitrail::channel_attention_backward<vitrail::OnCpu>)

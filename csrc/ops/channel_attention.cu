@@ -1,7 +1,7 @@
 // vitrail::channel_attention and its backward on a GPU.
 #include "../cuda/attention_launch.h"
 #include "../cuda/channel_weights.h"
-#include "../cuda/registration.h"
+#include "../dispatch/registration.h"
 #include "../cuda/token_products.h"
 #include "channel_attention_host.h"
 
@@ -110,7 +110,7 @@ struct OnGpu {
         steps.multiply(weights, {{a.v, a.out}});
     }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
     static void differentiate(const ChannelAttention& a, const Tensor& q) {
         const Steps steps(a, q);
         const Tensor sums = steps.sum({{a.q, a.k}, {a.grad, a.v}});

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> channel_attention(const Tensor& q, const Tensor& k, c
     return {out, lse};
 }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(const Tensor& grad, const Tensor& out,

@@ -262,7 +262,9 @@ void apply(const ChannelAttention& a, const void* matrices, void* scratch, int64
 }  // namespace
 
 const ChannelAttentionSteps kChannelAttention = {plan<Forward>, sum<Forward>, weigh<Forward>, apply<Forward>};
+#if !defined(VITRAIL_STANDALONE)
 const ChannelAttentionSteps kChannelAttentionBackward = {plan<Backward>, sum<Backward>, weigh<Backward>,
                                                          apply<Backward>};
+#endif
 
 }  // namespace vitrail::VITRAIL_ISA

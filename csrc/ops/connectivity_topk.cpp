@@ -1,4 +1,5 @@
 // vitrail::connectivity_topk on the CPU: memory, threads. The arithmetic is in the kernels.
+#include "../dispatch/registration.h"
 #include "connectivity_topk_host.h"
 
 namespace vitrail {
@@ -13,7 +14,7 @@ void run(const ConnectivityTopk& a, int64_t images) {
     const TopkBackend& kernel = VITRAIL_KERNELS(kConnectivityTopk);
     const TopkPlan plan = kernel.plan(a);
     const bool shared = a.choice.candidates == nullptr;
-    const int64_t budget = kRowsBytesPerThread * torch::stable::get_num_threads();
+    const int64_t budget = kRowsBytesPerThread * tensors::get_num_threads();
     const int64_t together =
         shared ? images : std::clamp<int64_t>(budget / std::max<int64_t>(plan.rows, 1), 1, images);
     const double prepared = double(a.choice.rows) * double(a.choice.keys) / double(plan.prepare_tasks);
@@ -49,6 +50,4 @@ struct OnCpu {
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
-    m.impl("connectivity_topk", TORCH_BOX(&vitrail::connectivity_topk<vitrail::OnCpu>));
-}
+VITRAIL_REGISTER(connectivity_topk, &vitrail::connectivity_topk<vitrail::OnCpu>)

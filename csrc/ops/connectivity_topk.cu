@@ -7,7 +7,7 @@
 
 #include "../core/portable.h"
 #include "../cuda/launch.h"
-#include "../cuda/registration.h"
+#include "../dispatch/registration.h"
 #include "../cuda/selection.h"
 #include "connectivity_topk_host.h"
 

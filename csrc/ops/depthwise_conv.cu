@@ -7,7 +7,7 @@
 #include "../core/parts.h"
 #include "../cuda/channels_last.h"
 #include "../cuda/launch.h"
-#include "../cuda/registration.h"
+#include "../dispatch/registration.h"
 #include "../cuda/tiles.h"
 #include "depthwise_conv_host.h"
 

@@ -2,12 +2,14 @@
 // tensors, memory and threads. Not for kernels: it is compiled once, for the baseline instruction set.
 #pragma once
 
-#if defined(VITRAIL_TENSORRT)
-#include "../tensorrt/tensor.h"
-#else
+#if !defined(VITRAIL_STANDALONE)
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#elif defined(VITRAIL_CUDA)
+#include "../tensorrt/call.h"
+#else
+#include "../onnxruntime/call.h"
 #endif
 
 #include <algorithm>
@@ -30,10 +32,10 @@
 
 namespace vitrail {
 
-// Whose tensors these are: PyTorch's, or those that TensorRT passes to a plugin.
-#if defined(VITRAIL_TENSORRT)
-namespace tensors = tensorrt;
-using tensorrt::ScalarType;
+// Whose tensors these are: PyTorch's, or those that TensorRT passes to a plugin and ONNX Runtime to a kernel.
+#if defined(VITRAIL_STANDALONE)
+namespace tensors = standalone;
+using standalone::ScalarType;
 #else
 namespace tensors = torch::stable;
 using torch::headeronly::ScalarType;
@@ -43,9 +45,9 @@ using tensors::Tensor;
 using Optional = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-// What an operator returns; a plugin is given the memory for it.
+// What an operator returns; without torch the runtime has the memory for it.
 inline Tensor new_result(const Tensor& like, const Sizes& sizes, ScalarType type) {
-#if defined(VITRAIL_TENSORRT)
+#if defined(VITRAIL_STANDALONE)
     return tensors::returned(like, sizes, type);
 #else
     return tensors::new_empty(like, sizes, type);
@@ -277,13 +279,13 @@ inline int64_t grain(double least, double work) {
     return int64_t(std::clamp(least / std::max(work, 1.0), 1.0, 1e9));
 }
 
-// Calls body(begin, end) for parts of [0, count), on torch's own threads.
+// Calls body(begin, end) for parts of [0, count), on the threads of torch or ONNX Runtime.
 #if defined(__SANITIZE_THREAD__)
 // ThreadSanitizer knows nothing of the barriers of torch's OpenMP, so here are threads whose start and end it
 // sees.
 template <class Body>
 void parallel(int64_t count, int64_t, const Body& body) {
-    const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), count);
+    const int64_t parts = std::min<int64_t>(tensors::get_num_threads(), count);
     std::vector<std::thread> threads;
     std::vector<std::exception_ptr> errors(std::max<int64_t>(parts, 0));
     for (int64_t i = 0; i < parts; ++i)
@@ -301,7 +303,7 @@ void parallel(int64_t count, int64_t, const Body& body) {
 #else
 template <class Body>
 void parallel(int64_t count, int64_t grain, const Body& body) {
-    if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
+    if (count > 0) tensors::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
 }
 #endif
 

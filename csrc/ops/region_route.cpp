@@ -1,4 +1,5 @@
 // vitrail::region_route on the CPU: memory, threads, and the choice itself.
+#include "../dispatch/registration.h"
 #include "region_route_host.h"
 
 namespace vitrail {
@@ -99,6 +100,4 @@ struct OnCpu {
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
-    m.impl("region_route", TORCH_BOX(&vitrail::region_route<vitrail::OnCpu>));
-}
+VITRAIL_REGISTER(region_route, &vitrail::region_route<vitrail::OnCpu>)

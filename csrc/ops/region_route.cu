@@ -2,7 +2,7 @@
 // multiplies them and chooses.
 #include "../core/portable.h"
 #include "../cuda/launch.h"
-#include "../cuda/registration.h"
+#include "../dispatch/registration.h"
 #include "../cuda/tiles.h"
 #include "region_route_host.h"
 

@@ -1,4 +1,5 @@
 // vitrail::routed_attention and its backward on the CPU.
+#include "../dispatch/registration.h"
 #include "routed_attention_host.h"
 
 namespace vitrail {
@@ -55,26 +56,26 @@ struct OnCpu {
         run_forward(VITRAIL_KERNELS(kRoutedAttention), a, q.size(0));
     }
 
+#if !defined(VITRAIL_STANDALONE)
     static RoutedGradients gradients(const RoutedAttention& a, BlockGradients& g, const Tensor& q,
                                      const Tensor& k, const Tensor& v, const Optional& weights) {
         const ScalarType type = q.scalar_type(), wide = compute_type(a.storage);
         Tensor dq = empty_gradient(q, g.q), dk = zero_gradient(k, wide, g.k[0]),
                dv = zero_gradient(v, wide, g.v[0]);
-        Tensor dweights = torch::stable::new_empty(q, {0});
+        Tensor dweights = tensors::new_empty(q, {0});
         // a sum of its own for each head
         Tensor by_head =
-            torch::stable::new_zeros(q, {q.size(0), weights ? a.heads : 0, a.q_regions.count * a.topk}, wide);
+            tensors::new_zeros(q, {q.size(0), weights ? a.heads : 0, a.q_regions.count * a.topk}, wide);
         if (weights) g.weights = by_head.mutable_data_ptr();
         if (q.numel() > 0) run_gradients(VITRAIL_KERNELS(kRoutedAttention), a, g, q.size(0));
         if (weights) dweights = summed(by_head, sizes_of(*weights));
         return {dq, converted(dk, type), converted(dv, type), dweights};
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
-    m.impl("routed_attention", TORCH_BOX(&vitrail::routed_attention<vitrail::OnCpu>));
-    m.impl("routed_attention_backward", TORCH_BOX(&vitrail::routed_attention_backward<vitrail::OnCpu>));
-}
+VITRAIL_REGISTER(routed_attention, &vitrail::routed_attention<vitrail::OnCpu>)
+VITRAIL_REGISTER_BACKWARD(routed_attention_backward, &vitrail::routed_attention_backward<vitrail::OnCpu>)

@@ -1,6 +1,6 @@
 // vitrail::routed_attention and its backward on a GPU.
 #include "../cuda/attention_host.h"
-#include "../cuda/registration.h"
+#include "../dispatch/registration.h"
 #include "../cuda/routes.h"
 #include "routed_attention_host.h"
 
@@ -26,7 +26,7 @@ struct OnGpu {
         cuda::run_forward(cuda::RoutedRegions<float>(a), a, q);
     }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
     static RoutedGradients gradients(const RoutedAttention& a, const BlockGradients& given, const Tensor& q,
                                      const Tensor& k, const Tensor& v, const Optional& weights) {
         const cuda::RoutedRegions<float> regions(a);

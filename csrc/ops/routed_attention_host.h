@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, co
     return {out, lse};
 }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
 
 // Gradients of q, k, v, weights; empty where there are no weights.
 using RoutedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;

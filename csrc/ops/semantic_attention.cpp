@@ -1,4 +1,5 @@
 // vitrail::semantic_attention and its backward on the CPU.
+#include "../dispatch/registration.h"
 #include "semantic_attention_host.h"
 
 namespace vitrail {
@@ -9,6 +10,7 @@ struct OnCpu {
         run_forward(VITRAIL_KERNELS(kSemanticAttention), a, q.size(0));
     }
 
+#if !defined(VITRAIL_STANDALONE)
     static SemanticGradients gradients(const SemanticAttention& a, BlockGradients& g, const Tensor& q,
                                        const Tensor& k, const Tensor& v, const Tensor& own_k,
                                        const Tensor& own_v) {
@@ -20,12 +22,11 @@ struct OnCpu {
         return {dq, converted(dk, type), converted(dv, type), converted(d_own_k, type),
                 converted(d_own_v, type)};
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
-    m.impl("semantic_attention", TORCH_BOX(&vitrail::semantic_attention<vitrail::OnCpu>));
-    m.impl("semantic_attention_backward", TORCH_BOX(&vitrail::semantic_attention_backward<vitrail::OnCpu>));
-}
+VITRAIL_REGISTER(semantic_attention, &vitrail::semantic_attention<vitrail::OnCpu>)
+VITRAIL_REGISTER_BACKWARD(semantic_attention_backward, &vitrail::semantic_attention_backward<vitrail::OnCpu>)

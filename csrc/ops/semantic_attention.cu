@@ -1,6 +1,6 @@
 // vitrail::semantic_attention and its backward on a GPU.
 #include "../cuda/attention_host.h"
-#include "../cuda/registration.h"
+#include "../dispatch/registration.h"
 #include "semantic_attention_host.h"
 
 namespace vitrail {
@@ -11,7 +11,7 @@ struct OnGpu {
         cuda::run_forward(cuda::Patches<float>(a), a, q);
     }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
     static SemanticGradients gradients(const SemanticAttention& a, const BlockGradients& given,
                                        const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& own_k,
                                        const Tensor& own_v) {

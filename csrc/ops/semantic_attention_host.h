@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> semantic_attention(const Tensor& q, const Tensor& k, 
     return {out, lse};
 }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
 
 // Gradients of q, k, v, own_k, own_v.
 using SemanticGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;

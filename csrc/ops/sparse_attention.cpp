@@ -1,5 +1,6 @@
 // vitrail::sparse_attention and its backward on the CPU: memory and threads. The arithmetic is in the
 // kernels.
+#include "../dispatch/registration.h"
 #include "sparse_attention_host.h"
 
 namespace vitrail {
@@ -40,7 +41,7 @@ void run(const SparseAttention& a, int64_t images) {
     const SparsePlan plan = kernel.plan(a);
     const int64_t channels = a.head_dim + a.value_dim;
     const double work = double(a.queries) * double(a.slots) * double(channels) * double(a.heads);
-    const int64_t budget = kPackedBytesPerThread * torch::stable::get_num_threads();
+    const int64_t budget = kPackedBytesPerThread * tensors::get_num_threads();
     const int64_t together = std::clamp<int64_t>(budget / std::max<int64_t>(plan.packed_image, 1), 1, images);
     AlignedBuffer packed(together * plan.packed_image);
     for (int64_t first = 0; first < images; first += together) {
@@ -63,6 +64,7 @@ struct OnCpu {
         refuse_wrong_key(checks, a, keys, wrong);
     }
 
+#if !defined(VITRAIL_STANDALONE)
     static void gradients(const Checks& checks, SparseAttentionBackward b, const Tensor& q,
                           const Tensor& keys) {
         bool wrong = false;
@@ -75,12 +77,11 @@ struct OnCpu {
         });
         refuse_wrong_key(checks, b.forward, keys, wrong);
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
-    m.impl("sparse_attention", TORCH_BOX(&vitrail::sparse_attention<vitrail::OnCpu>));
-    m.impl("sparse_attention_backward", TORCH_BOX(&vitrail::sparse_attention_backward<vitrail::OnCpu>));
-}
+VITRAIL_REGISTER(sparse_attention, &vitrail::sparse_attention<vitrail::OnCpu>)
+VITRAIL_REGISTER_BACKWARD(sparse_attention_backward, &vitrail::sparse_attention_backward<vitrail::OnCpu>)

@@ -3,7 +3,7 @@
 
 #include "../cuda/attention_host.h"
 #include "../cuda/launch.h"
-#include "../cuda/registration.h"
+#include "../dispatch/registration.h"
 #include "../cuda/tiles.h"
 #include "sparse_attention_host.h"
 
@@ -89,7 +89,7 @@ struct OnGpu {
         cuda::run_forward(cuda::Masked(a, q).policy, cuda::block_attention(a), q);
     }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
     static void gradients(const Checks&, const SparseAttentionBackward& b, const Tensor& q, const Tensor&) {
         const SparseAttention& a = b.forward;
         const cuda::Masked masked(a, q);

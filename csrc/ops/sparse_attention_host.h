@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
     return {out, lse};
 }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(const Tensor& grad, const Tensor& out,

@@ -1,4 +1,5 @@
 // vitrail::strip_mix and its backward on the CPU: memory and threads. The arithmetic is in the kernels.
+#include "../dispatch/registration.h"
 #include "strip_mix_host.h"
 
 namespace vitrail {
@@ -26,6 +27,7 @@ struct OnCpu {
                  });
     }
 
+#if !defined(VITRAIL_STANDALONE)
     static void sum_gradients(const StripMixGradients& a, const Tensor&) {
         const StripMixGradientsKernels& kernel = VITRAIL_KERNELS(kStripMixGradients);
         const StripMixGradientsPlan plan = kernel.plan(a);
@@ -36,12 +38,11 @@ struct OnCpu {
                      kernel.sum(a, sums.data, scratch.data, begin, end);
                  });
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
-    m.impl("strip_mix", TORCH_BOX(&vitrail::strip_mix<vitrail::OnCpu>));
-    m.impl("strip_mix_backward", TORCH_BOX(&vitrail::strip_mix_backward<vitrail::OnCpu>));
-}
+VITRAIL_REGISTER(strip_mix, &vitrail::strip_mix<vitrail::OnCpu>)
+VITRAIL_REGISTER_BACKWARD(strip_mix_backward, &vitrail::strip_mix_backward<vitrail::OnCpu>)

@@ -1,6 +1,6 @@
 // vitrail::strip_mix and its backward on a GPU.
 #include "../cuda/launch.h"
-#include "../cuda/registration.h"
+#include "../dispatch/registration.h"
 #include "../cuda/strips.h"
 #include "strip_mix_host.h"
 
@@ -49,7 +49,7 @@ struct OnGpu {
         });
     }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
     static void sum_gradients(const StripMixGradients& a, const Tensor& x) {
         // Blocks of threads that keep a GPU busy; how a sum is cut depends on shapes alone.
         constexpr int64_t kBlocks = 256, kThreads = 256;

@@ -87,7 +87,7 @@ Tensor strip_mix(const Tensor& x, const Tensor& weight, const Optional& bias, in
     return out;
 }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
 
 // Gradients of x, weight and bias (empty without one).
 template <class Device>

@@ -1,4 +1,5 @@
 // vitrail::window_attention and its backward on the CPU.
+#include "../dispatch/registration.h"
 #include "window_attention_host.h"
 
 namespace vitrail {
@@ -9,6 +10,7 @@ struct OnCpu {
         run_forward(VITRAIL_KERNELS(kWindowAttention), a, q.size(0));
     }
 
+#if !defined(VITRAIL_STANDALONE)
     static WindowGradients gradients(const WindowAttention& a, BlockGradients& g, const Tensor& q,
                                      const Tensor& k, const Tensor& v, const Optional& bias,
                                      const Optional& pad_key, const Optional& pad_value) {
@@ -18,7 +20,7 @@ struct OnCpu {
                dv = zero_gradient(v, wide, g.v[0]);
         // a sum of its own for each image
         const auto partial = [&](const Optional& t, int64_t size) {
-            return torch::stable::new_zeros(q, {1, t ? images : 0, size}, wide);
+            return tensors::new_zeros(q, {1, t ? images : 0, size}, wide);
         };
         Tensor dbias = partial(bias, a.heads * tokens * tokens);
         Tensor dpad_key = partial(pad_key, k.size(3)), dpad_value = partial(pad_value, v.size(3));
@@ -29,7 +31,7 @@ struct OnCpu {
         if (q.numel() > 0) run_gradients(VITRAIL_KERNELS(kWindowAttention), a, g, images);
         const auto total = [&](const Optional& t, const Tensor& sums) {
             return t ? converted(summed(sums, sizes_of(*t)), t->scalar_type())
-                     : torch::stable::new_empty(q, {0});
+                     : tensors::new_empty(q, {0});
         };
         return {dq,
                 converted(dk, type),
@@ -38,12 +40,11 @@ struct OnCpu {
                 total(pad_key, dpad_key),
                 total(pad_value, dpad_value)};
     }
+#endif
 };
 
 }  // namespace
 }  // namespace vitrail
 
-STABLE_TORCH_LIBRARY_IMPL(vitrail, CPU, m) {
-    m.impl("window_attention", TORCH_BOX(&vitrail::window_attention<vitrail::OnCpu>));
-    m.impl("window_attention_backward", TORCH_BOX(&vitrail::window_attention_backward<vitrail::OnCpu>));
-}
+VITRAIL_REGISTER(window_attention, &vitrail::window_attention<vitrail::OnCpu>)
+VITRAIL_REGISTER_BACKWARD(window_attention_backward, &vitrail::window_attention_backward<vitrail::OnCpu>)

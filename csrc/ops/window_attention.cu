@@ -1,6 +1,6 @@
 // vitrail::window_attention and its backward on a GPU.
 #include "../cuda/attention_host.h"
-#include "../cuda/registration.h"
+#include "../dispatch/registration.h"
 #include "window_attention_host.h"
 
 namespace vitrail {
@@ -11,7 +11,7 @@ struct OnGpu {
         cuda::run_forward(cuda::Windows<float>(a), a, q);
     }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
     static WindowGradients gradients(const WindowAttention& a, const BlockGradients& given, const Tensor& q,
                                      const Tensor& k, const Tensor& v, const Optional& bias,
                                      const Optional& pad_key, const Optional& pad_value) {

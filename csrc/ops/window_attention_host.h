@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& q, const Tensor& k, co
     return {out, lse};
 }
 
-#if !defined(VITRAIL_TENSORRT)
+#if !defined(VITRAIL_STANDALONE)
 
 // Gradients of q, k, v, bias, pad_key, pad_value; empty for what is not there.
 using WindowGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -8,17 +8,18 @@
 #include <cstdio>
 #include <memory>
 
-#include "operators.h"
-#include "widen.h"
+#include "../standalone/node.h"
+#include "call.h"
+#include "results.h"
 
 namespace vitrail::tensorrt {
 namespace {
 
 using namespace nvinfer1;
 using namespace nvinfer1::v_1_0;
+using namespace standalone;
 
-constexpr const char *kNamespace = "vitrail", *kVersion = "1";
-constexpr int kMostVariants = 32;
+constexpr const char* kVersion = "1";
 
 // The last error of this thread, for those who loaded the library. It goes to stderr, too, and not to
 // TensorRT's logger, whose layout is not the same in all versions.
@@ -69,14 +70,6 @@ ScalarType scalar_type(DataType type) {
     throw std::invalid_argument("a tensor of type " + std::to_string(int(type)) + " is not supported");
 }
 
-bool contains(const std::vector<std::string>& names, const std::string& name) {
-    return std::find(names.begin(), names.end(), name) != names.end();
-}
-
-int64_t quotient(int64_t n, int64_t size) {
-    return (n + size - 1) / size;
-}
-
 // --- settings ---
 
 template <class T>
@@ -96,143 +89,64 @@ std::vector<T> entries(const PluginField& field) {
     }
 }
 
-// What a node states: settings, and which of the operator's tensors it is given.
-class Node {
+class FieldAttributes : public Attributes {
   public:
-    Node(const std::string& operation, const PluginFieldCollection& fields)
-        : operation_(operation), operator_(operators().at(operation)), function_(registered().at(operation)) {
-        std::map<std::string, const PluginField*> given;
-        for (int32_t i = 0; i < fields.count; ++i) given.emplace(fields.fields[i].name, &fields.fields[i]);
-        const auto field = [&](const std::string& name) -> const PluginField& {
-            const auto found = given.find(name);
-            if (found == given.end()) throw std::invalid_argument("the node has no attribute " + name);
-            return *found->second;
-        };
-        const PluginField& inputs = field("inputs");
-        if (inputs.type != PluginFieldType::kChar)
-            throw std::invalid_argument("attribute inputs must be text");
-        read_inputs(std::string(static_cast<const char*>(inputs.data), size_t(inputs.length)));
-        for (size_t i = 0; i < operator_.arguments.size(); ++i) {
-            const std::string& name = operator_.arguments[i];
-            const Kind kind = function_.kinds[i];
-            if (kind == Kind::kTensor) continue;
-            Value& value = settings_[name];
-            if (kind == Kind::kSizes) {
-                value.sizes = entries<int64_t>(field(name));
-                const bool divides = name != "shift";
-                if (divides && std::count(value.sizes.begin(), value.sizes.end(), 0))
-                    throw std::invalid_argument(name + " must be two numbers other than 0");
-            } else if (field(name).length != 1) {
-                throw std::invalid_argument("attribute " + name + " must be one number");
-            } else if (kind == Kind::kInteger) {
-                value.integer = entries<int64_t>(field(name))[0];
-            } else {
-                value.number = entries<double>(field(name))[0];
-            }
-        }
+    explicit FieldAttributes(const PluginFieldCollection& fields) {
+        for (int32_t i = 0; i < fields.count; ++i) given_.emplace(fields.fields[i].name, &fields.fields[i]);
     }
 
-    const std::string& operation() const { return operation_; }
-    const Operator& rules() const { return operator_; }
-    const std::vector<std::string>& inputs() const { return inputs_; }
-    const std::map<std::string, Value>& settings() const { return settings_; }
-
-    void check_inputs(int32_t count) const {
-        if (size_t(count) != inputs_.size())
-            throw std::invalid_argument("attribute inputs names " + std::to_string(inputs_.size()) +
-                                        " tensors, and the node has " + std::to_string(count));
+    std::string text(const std::string& name) const override {
+        const PluginField& found = field(name);
+        if (found.type != PluginFieldType::kChar)
+            throw std::invalid_argument("attribute " + name + " must be text");
+        return std::string(static_cast<const char*>(found.data), size_t(found.length));
     }
-
-    // Runs the operator on tensors in the order of `inputs`, inside a call.
-    void run(const std::vector<Tensor>& tensors) const {
-        const std::map<std::string, Value> settings = resolved(tensors);
-        Values values(operator_.arguments.size());
-        for (size_t i = 0; i < values.size(); ++i) {
-            const std::string& name = operator_.arguments[i];
-            if (function_.kinds[i] != Kind::kTensor) {
-                values[i] = settings.at(name);
-                continue;
-            }
-            const auto at = std::find(inputs_.begin(), inputs_.end(), name);
-            if (at == inputs_.end()) continue;
-            const Tensor& tensor = tensors[size_t(at - inputs_.begin())];
-            values[i].tensor.emplace(contains(operator_.widened, name) ? widened(tensor) : tensor);
-        }
-        function_.run(values);
+    std::vector<int64_t> integers(const std::string& name) const override {
+        return entries<int64_t>(field(name));
     }
-
-    // Inputs as large as they make the workspace: where the number of regions is stated, they are most where
-    // they divide the grid.
-    void enlarge(std::vector<Tensor>& tensors) const {
-        const auto found = settings_.find("region_size");
-        if (found == settings_.end() || found->second.sizes.size() != 2) return;
-        const std::vector<int64_t>& region = found->second.sizes;
-        const auto whole = [](int64_t extent, int64_t size) {
-            return size < 0 ? quotient(extent, -size) * -size : extent;
-        };
-        const auto pieces = [](int64_t extent, int64_t size) {
-            return size < 0 ? -size : quotient(extent, size);
-        };
-        for (Tensor& t : tensors) {
-            std::vector<int64_t> sizes = sizes_of(t);
-            if (t.dim() == 4) {
-                sizes[1] = whole(sizes[1], region[0]);
-                sizes[2] = whole(sizes[2], region[1]);
-            } else if (t.dim() == 3) {
-                sizes[1] = pieces(tensors[0].size(1), region[0]) * pieces(tensors[0].size(2), region[1]);
-            }
-            t = Tensor(t.mutable_data_ptr(), t.scalar_type(), sizes);
-        }
-    }
+    int64_t integer(const std::string& name) const override { return one<int64_t>(name); }
+    double number(const std::string& name) const override { return one<double>(name); }
 
   private:
-    void read_inputs(const std::string& text) {
-        std::string name;
-        for (const char c : text + ",") {
-            if (c == '\0') continue;
-            if (c != ',') {
-                name += c;
-                continue;
-            }
-            const auto at = std::find(operator_.arguments.begin(), operator_.arguments.end(), name);
-            if (at == operator_.arguments.end() ||
-                function_.kinds[size_t(at - operator_.arguments.begin())] != Kind::kTensor)
-                throw std::invalid_argument("attribute inputs names '" + name + "', which is no tensor of " +
-                                            operation_);
-            inputs_.push_back(name);
-            name.clear();
-        }
-        for (size_t i = 0; i < function_.kinds.size(); ++i)
-            if (function_.required[i] && !contains(inputs_, operator_.arguments[i]))
-                throw std::invalid_argument("attribute inputs must name " + operator_.arguments[i]);
+    const PluginField& field(const std::string& name) const {
+        const auto found = given_.find(name);
+        if (found == given_.end()) throw std::invalid_argument("the node has no attribute " + name);
+        return *found->second;
     }
 
-    // Settings in which a negative size, the number of pieces that a grid is cut into, is the size of these,
-    // and a negative number, the most regions that may be chosen, is how many there are to choose.
-    std::map<std::string, Value> resolved(const std::vector<Tensor>& tensors) const {
-        std::map<std::string, Value> settings = settings_;
-        for (auto& [name, value] : settings) {
-            const bool of_keys = name.compare(0, 3, "kv_") == 0;
-            const Tensor& grid = tensors[of_keys ? 1 : 0];
-            for (size_t i = 0; i < value.sizes.size(); ++i)
-                if (value.sizes[i] < 0) value.sizes[i] = quotient(grid.size(int64_t(i) + 1), -value.sizes[i]);
-        }
-        const auto chosen = settings.find("topk");
-        if (chosen != settings.end() && chosen->second.integer < 0) {
-            const std::vector<int64_t>& region = settings.at("kv_region_size").sizes;
-            const int64_t regions =
-                quotient(tensors[1].size(1), region[0]) * quotient(tensors[1].size(2), region[1]);
-            chosen->second.integer = std::min(-chosen->second.integer, regions);
-        }
-        return settings;
+    template <class T>
+    T one(const std::string& name) const {
+        if (field(name).length != 1)
+            throw std::invalid_argument("attribute " + name + " must be one number");
+        return entries<T>(field(name))[0];
     }
 
-    const std::string operation_;
-    const Operator& operator_;
-    const Boxed& function_;
-    std::vector<std::string> inputs_;
-    std::map<std::string, Value> settings_;
+    std::map<std::string, const PluginField*> given_;
 };
+
+// Inputs as large as they make the workspace: where the number of regions is stated, they are most where they
+// divide the grid.
+void enlarge(const Node& node, std::vector<Tensor>& tensors) {
+    const auto found = node.settings().find("region_size");
+    if (found == node.settings().end() || found->second.sizes.size() != 2) return;
+    const std::vector<int64_t>& region = found->second.sizes;
+    const auto whole = [](int64_t extent, int64_t size) {
+        return size < 0 ? quotient(extent, -size) * -size : extent;
+    };
+    const auto pieces = [](int64_t extent, int64_t size) {
+        return size < 0 ? -size : quotient(extent, size);
+    };
+    for (Tensor& t : tensors) {
+        std::vector<int64_t> sizes = sizes_of(t);
+        if (t.dim() == 4) {
+            sizes[1] = whole(sizes[1], region[0]);
+            sizes[2] = whole(sizes[2], region[1]);
+        } else if (t.dim() == 3) {
+            sizes[1] = pieces(tensors[0].size(1), region[0]) * pieces(tensors[0].size(2), region[1]);
+        }
+        t = Tensor(t.mutable_data_ptr(), t.scalar_type(), sizes);
+    }
+}
 
 // Settings as TensorRT stores them in an engine.
 class Fields {
@@ -241,10 +155,7 @@ class Fields {
         for (const std::string& name : node.inputs()) text_ += (text_.empty() ? "" : ",") + name;
         add("inputs", text_.data(), PluginFieldType::kChar, text_.size());
         for (const auto& [name, value] : node.settings()) {
-            const size_t at =
-                size_t(std::find(node.rules().arguments.begin(), node.rules().arguments.end(), name) -
-                       node.rules().arguments.begin());
-            switch (registered().at(node.operation()).kinds[at]) {
+            switch (node.kind_of(name)) {
                 case Kind::kSizes:
                     add(name.c_str(), value.sizes.data(), PluginFieldType::kInt64, value.sizes.size());
                     break;
@@ -321,7 +232,7 @@ class Plugin : public IPluginV3,
     int32_t getOutputDataTypes(DataType* out, int32_t, const DataType* in,
                                int32_t inputs) const noexcept override {
         return guarded(name_, -1, [&] {
-            node_->check_inputs(inputs);
+            node_->check_inputs(size_t(inputs));
             out[0] = node_->rules().chooses ? DataType::kInt64 : in[0];
             return 0;
         });
@@ -330,13 +241,13 @@ class Plugin : public IPluginV3,
     int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out,
                             int32_t, IExprBuilder& builder) noexcept override {
         return guarded(name_, -1, [&] {
-            node_->check_inputs(inputs);
+            node_->check_inputs(size_t(inputs));
             Shapes shapes = {builder, {}, node_->settings()};
             for (int32_t i = 0; i < inputs; ++i) {
                 std::vector<Size>& sizes = shapes.inputs[node_->inputs()[i]];
                 for (int32_t axis = 0; axis < in[i].count; ++axis) sizes.emplace_back(builder, in[i].d[axis]);
             }
-            const std::vector<Size> result = node_->rules().result(shapes);
+            const std::vector<Size> result = result_of(node_->operation(), shapes);
             out[0].count = int32_t(result.size());
             for (size_t axis = 0; axis < result.size(); ++axis) out[0].d[axis] = result[axis].expression();
             return 0;
@@ -346,7 +257,7 @@ class Plugin : public IPluginV3,
     bool supportsFormatCombination(int32_t place, const DynamicPluginTensorDesc* in_out, int32_t inputs,
                                    int32_t) noexcept override {
         return guarded(name_, false, [&] {
-            node_->check_inputs(inputs);
+            node_->check_inputs(size_t(inputs));
             const PluginTensorDesc& desc = in_out[place].desc;
             const DataType first = in_out[0].desc.type;
             if (desc.format != TensorFormat::kLinear) return false;
@@ -390,10 +301,10 @@ class Plugin : public IPluginV3,
   private:
     // Bytes of workspace that inputs of any size up to the largest take.
     size_t measured(const DynamicPluginTensorDesc* in, int32_t inputs) const {
-        node_->check_inputs(inputs);
+        node_->check_inputs(size_t(inputs));
         std::vector<Tensor> tensors;
         for (int32_t i = 0; i < inputs; ++i) tensors.push_back(tensor_of(in[i].desc, in[i].max, nullptr));
-        node_->enlarge(tensors);
+        enlarge(*node_, tensors);
         const Call call;
         node_->run(tensors);
         return call.used();
@@ -410,7 +321,7 @@ class Creator : public IPluginCreatorV3One {
   public:
     Creator(std::string operation, int number)
         : operation_(std::move(operation)),
-          name_(number == 1 ? operation_ : operation_ + "_" + std::to_string(number)) {
+          name_(name_of_variant(operation_, number)) {
         const Operator& rules = operators().at(operation_);
         const Boxed& function = registered().at(operation_);
         fields_.push_back({"inputs", nullptr, PluginFieldType::kChar, 1});
@@ -430,7 +341,7 @@ class Creator : public IPluginCreatorV3One {
     IPluginV3* createPlugin(const char*, const PluginFieldCollection* fields,
                             TensorRTPhase) noexcept override {
         return guarded<IPluginV3*>(name_, nullptr, [&] {
-            return new Plugin(name_, std::make_shared<const Node>(operation_, *fields));
+            return new Plugin(name_, std::make_shared<const Node>(operation_, FieldAttributes(*fields)));
         });
     }
     const PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
@@ -452,6 +363,7 @@ class Creator : public IPluginCreatorV3One {
 // What TensorRT looks for in a plugin library.
 VITRAIL_EXPORT nvinfer1::v_1_0::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     using namespace vitrail::tensorrt;
+    using namespace vitrail::standalone;
     static const auto all = [] {
         std::vector<nvinfer1::v_1_0::IPluginCreatorInterface*> creators;
         static std::vector<std::unique_ptr<Creator>> owners;

@@ -1,6 +1,6 @@
 #include "../cuda/launch.h"
 #include "../cuda/tiles.h"
-#include "widen.h"
+#include "../standalone/widen.h"
 
 namespace vitrail {
 namespace cuda {
@@ -13,7 +13,7 @@ __global__ void widen_numbers(const S* from, float* to, int64_t count) {
 
 }  // namespace cuda
 
-namespace tensorrt {
+namespace standalone {
 
 Tensor widened(const Tensor& t) {
     constexpr int kThreads = 256;
@@ -32,5 +32,5 @@ Tensor widened(const Tensor& t) {
     return to;
 }
 
-}  // namespace tensorrt
+}  // namespace standalone
 }  // namespace vitrail

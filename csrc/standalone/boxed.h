@@ -7,7 +7,7 @@
 
 #include "tensor.h"
 
-namespace vitrail::tensorrt {
+namespace vitrail::standalone {
 
 enum class Kind { kTensor, kSizes, kInteger, kNumber };
 
@@ -73,4 +73,4 @@ struct Registration {
     Registration(const char* name, Boxed function) { registered().emplace(name, std::move(function)); }
 };
 
-}  // namespace vitrail::tensorrt
+}  // namespace vitrail::standalone

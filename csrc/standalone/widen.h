@@ -3,9 +3,9 @@
 
 #include "tensor.h"
 
-namespace vitrail::tensorrt {
+namespace vitrail::standalone {
 
 // A copy in float32, in the memory of the call; the tensor itself if it is float32.
 Tensor widened(const Tensor& t);
 
-}  // namespace vitrail::tensorrt
+}  // namespace vitrail::standalone

@@ -1,8 +1,8 @@
-// The operators that are plugins: names of their arguments, and what TensorRT asks of their results.
+// What TensorRT asks of the results of operators: their sizes, written in those of the inputs.
 #pragma once
 
+#include "../standalone/operators.h"
 #include "abi.h"
-#include "boxed.h"
 
 namespace vitrail::tensorrt {
 
@@ -34,22 +34,15 @@ class Size {
 struct Shapes {
     nvinfer1::IExprBuilder& builder;
     std::map<std::string, std::vector<Size>> inputs;
-    std::map<std::string, Value> settings;
+    std::map<std::string, standalone::Value> settings;
 
     bool has(const std::string& name) const { return inputs.count(name) > 0; }
     // Throw std::invalid_argument where the node has no such input, size or setting.
     Size size(const std::string& name, size_t axis) const;
-    const Value& setting(const std::string& name) const;
+    const standalone::Value& setting(const std::string& name) const;
 };
 
-struct Operator {
-    std::vector<std::string> arguments;  // in the order of the function's
-    std::vector<std::string> indices;    // inputs that are int32 or int64; the others are numbers
-    std::vector<std::string> widened;    // inputs that kernels read as float32, and that may come in any type
-    bool chooses;                        // the result is int64
-    std::vector<Size> (*result)(const Shapes&);
-};
-
-const std::map<std::string, Operator>& operators();
+// Of the result of an operator.
+std::vector<Size> result_of(const std::string& operation, const Shapes&);
 
 }  // namespace vitrail::tensorrt

@@ -1,11 +1,6 @@
-#include "operators.h"
+#include "results.h"
 
 namespace vitrail::tensorrt {
-
-std::map<std::string, Boxed>& registered() {
-    static std::map<std::string, Boxed> functions;
-    return functions;
-}
 
 Size Shapes::size(const std::string& name, size_t axis) const {
     const auto found = inputs.find(name);
@@ -15,7 +10,7 @@ Size Shapes::size(const std::string& name, size_t axis) const {
     return found->second[axis];
 }
 
-const Value& Shapes::setting(const std::string& name) const {
+const standalone::Value& Shapes::setting(const std::string& name) const {
     const auto found = settings.find(name);
     if (found == settings.end()) throw std::invalid_argument("the node has no attribute " + name);
     return found->second;
@@ -67,47 +62,23 @@ std::vector<Size> keys(const Shapes& s) {
     return sizes;
 }
 
+using Result = std::vector<Size> (*)(const Shapes&);
+
+const std::map<std::string, Result> kResults = {
+    {"routed_attention", attended_grid},
+    {"window_attention", attended_grid},
+    {"semantic_attention", attended_grid},
+    {"sparse_attention", [](const Shapes& s) { return attended(s, 3); }},
+    {"channel_attention", attended_grid},
+    {"strip_mix", [](const Shapes& s) { return like(s, "x", 4); }},
+    {"region_route", routes},
+    {"connectivity_topk", keys},
+};
+
 }  // namespace
 
-const std::map<std::string, Operator>& operators() {
-    static const std::map<std::string, Operator> all = {
-        {"routed_attention",
-         {{"q", "k", "v", "routes", "weights", "region_size", "kv_region_size", "num_heads", "scale"},
-          {"routes"},
-          {"weights"},
-          false,
-          attended_grid}},
-        {"window_attention",
-         {{"q", "k", "v", "bias", "pad_key", "pad_value", "window_size", "shift", "num_heads", "scale"},
-          {},
-          {"bias"},
-          false,
-          attended_grid}},
-        {"semantic_attention",
-         {{"q", "k", "v", "own_k", "own_v", "window_size", "patch_size", "num_heads", "scale"},
-          {},
-          {},
-          false,
-          attended_grid}},
-        {"sparse_attention",
-         {{"q", "k", "v", "keys", "num_heads", "scale"},
-          {"keys"},
-          {},
-          false,
-          [](const Shapes& s) { return attended(s, 3); }}},
-        {"channel_attention", {{"q", "k", "v", "num_heads", "scale"}, {}, {}, false, attended_grid}},
-        {"strip_mix",
-         {{"x", "weight", "bias", "axis"}, {}, {}, false, [](const Shapes& s) { return like(s, "x", 4); }}},
-        {"region_route", {{"q", "k", "topk", "region_size", "kv_region_size"}, {}, {}, true, routes}},
-        {"connectivity_topk",
-         {{"logits", "basis", "candidates", "num_keys", "num_coefficients", "coefficient_threshold",
-           "basis_threshold", "score_threshold"},
-          {"candidates"},
-          {"basis"},
-          true,
-          keys}},
-    };
-    return all;
+std::vector<Size> result_of(const std::string& operation, const Shapes& shapes) {
+    return kResults.at(operation)(shapes);
 }
 
 }  // namespace vitrail::tensorrt
