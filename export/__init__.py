@@ -3,10 +3,12 @@
 `to_onnx(model, "model.onnx")` writes and verifies, `verify_onnx` verifies a file that is there, `compare` any two of
 modules, files and engines, `convert_precision` takes a float32 graph to float16 or bfloat16.
 `quantize_onnx("model.onnx", "int8.onnx", calibration="photos")` makes a file of it that multiplies in 8 bits.
+`onnxruntime_library()` is the library with which ONNX Runtime runs a file's fused operators by this project's kernels.
 `to_tensorrt(model, "model.engine")` builds an engine and reports what is in it, `Engine` runs one.
 The packages behind them (onnx, onnxscript, onnxruntime, tensorrt, Pillow, rich) are imported when they are needed.
 """
 
+from ..ops.library import onnxruntime_library
 from .capture import FORMS
 from .compare import compare
 from .engine import Engine, NoGPUError
@@ -41,6 +43,7 @@ __all__ = [
     "VerificationReport",
     "compare",
     "convert_precision",
+    "onnxruntime_library",
     "quantize_onnx",
     "to_onnx",
     "to_tensorrt",

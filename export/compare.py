@@ -45,6 +45,7 @@ def compare(
     original: str | os.PathLike[str] | bytes | None = None,
     trace: bool | None = None,
     rewrite: Callable[[nn.Module], nn.Module] | None = None,
+    kernels: bool = False,
     progress: Progress | None = None,
 ) -> VerificationReport:
     """Compare `b` with the reference `a`: photographs and seeded noise, several batch and image sizes.
@@ -70,6 +71,8 @@ def compare(
         trace: look for the first value on the way that differs; default: where a comparison fails.
         rewrite: from a module to the form that was exported, such as `vitrail.zoo.inference.standard_form`;
             the trace then knows the values that only that form has.
+        kernels: run the nodes of `b`, an ONNX file with fused operators, by this project's kernels
+            (`onnxruntime_library`, which is built where there is none) and not by the functions that it holds.
         progress: called with a line of text before each step.
 
     Returns:
@@ -83,7 +86,7 @@ def compare(
     """
     say = progress or (lambda text: None)
     say("loading both sides")
-    sides = _load(a, b, form)
+    sides = _load(a, b, form, kernels)
     if not batches or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batches):
         raise ValueError(f"batches must be whole numbers of at least 1, got {batches!r}")
     plan = plan_for(*sides, _wanted(*sides, img_size), batches)
@@ -127,9 +130,12 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _load(a: Side, b: Side, form: str | None) -> tuple[Subject, Subject]:
+def _load(a: Side, b: Side, form: str | None, kernels: bool) -> tuple[Subject, Subject]:
     """Both sides; a module beside a file gives what the file does."""
-    files = [subject(side) for side in (a, b) if not isinstance(side, nn.Module)]
+    if kernels and isinstance(b, (nn.Module, Subject)):
+        raise ValueError(f"kernels=True runs the nodes of an ONNX file, but b is a {type(b).__name__}")
+    pairs = ((a, False), (b, kernels))
+    files = [subject(side, kernels=own) for side, own in pairs if not isinstance(side, nn.Module)]
     found = form or next((f for file in files if (f := getattr(file, "form", None))), "classifier")
     rest = iter(files)
     first, second = (subject(s, found) if isinstance(s, nn.Module) else next(rest) for s in (a, b))

@@ -132,7 +132,7 @@ class _Recorder(TorchDispatchMode):
 class OnnxSource:
     """What the nodes of an ONNX graph compute, as the graph is written: without the runtime's optimisation.
 
-    Model-local functions are opened; what is inside of branches and loops stays there.
+    Model-local functions are opened, unless kernels run in their place; what is inside of branches and loops stays there.
 
     Args:
         subject: the file.
@@ -145,7 +145,8 @@ class OnnxSource:
 
         self._subject, self._images = subject, images
         proto = subject.proto
-        self._proto = onnx.inliner.inline_local_functions(proto) if proto.functions else proto
+        opened = proto.functions and not subject.kernels
+        self._proto = onnx.inliner.inline_local_functions(proto) if opened else proto
         self.opset = opset_of(self._proto)
         weights = {tensor.name for tensor in self._proto.graph.initializer}
         self._input = self._proto.graph.input[0].name
@@ -174,7 +175,9 @@ class OnnxSource:
         outputs = [output.name for output in self._proto.graph.output]
         results: dict[str, Tensor] = {}
         for chunk in self.chunks(wanted):
-            session = open_session(self._with_outputs(chunk), self._subject.folder, "none")
+            session = open_session(
+                self._with_outputs(chunk), self._subject.folder, "none", self._subject.kernels
+            )
             values = dict(
                 zip(
                     [*outputs, *chunk],

@@ -15,6 +15,7 @@ from .choices import HELD, Choice, choices_of, flipped, holding, showing
 from .emulate import emulated
 from .errors import ExportError
 from .external import is_large, write_pair
+from .functions import DOMAIN
 from .graph import TensorInfo, precision_of, summarize
 
 if TYPE_CHECKING:
@@ -48,13 +49,18 @@ class Run:
         model: the graph, with its weights.
         label: of its rows in reports.
         session: where there is one for it already.
+        kernels: see `open_session`.
     """
 
     def __init__(
-        self, model: onnx.ModelProto, label: str, session: onnxruntime.InferenceSession | None = None
+        self,
+        model: onnx.ModelProto,
+        label: str,
+        session: onnxruntime.InferenceSession | None = None,
+        kernels: Path | None = None,
     ):
-        self.model, self.label = model, label
-        self.session = session or session_of(model)
+        self.model, self.label, self.kernels = model, label, kernels
+        self.session = session or session_of(model, kernels)
         self.input = model.graph.input[0].name
         self.outputs = [value.name for value in model.graph.output]
 
@@ -66,7 +72,7 @@ class Run:
     @cached_property
     def _held(self) -> tuple[list[Choice], onnxruntime.InferenceSession]:
         choices = choices_of(self.model)
-        return choices, session_of(holding(self.model, choices))
+        return choices, session_of(holding(self.model, choices), self.kernels)
 
     def held_to(self, reference: Reference, images: Tensor) -> Held:
         """Run with the choices that `reference` makes."""
@@ -103,23 +109,28 @@ class Reference:
         return dict(zip(names, self._session.run(names, {self.input: images.numpy()}), strict=True))
 
 
-def open_runs(source: Path | bytes | onnx.ModelProto) -> tuple[list[Run], list[str]]:
+def open_runs(
+    source: Path | bytes | onnx.ModelProto, kernels: Path | None = None
+) -> tuple[list[Run], list[str]]:
     """The ways to run a file, and what the reader of the figures should know of them.
 
     A float32 file runs as it is. A float16 file runs as it is and as a copy that rounds; a bfloat16 file as that copy
-    alone (see `emulate`).
+    alone (see `emulate`). With `kernels` all of them run by these, see `open_session`.
 
     Raises:
-        ExportError: ONNX Runtime can't load the file.
+        ExportError: ONNX Runtime can't load the file, or the kernels.
     """
     precision = precision_of(load(source, weights=False))
     if precision == "bfloat16":
-        return [Run(emulated(load(source)), ", rounded")], [NO_KERNELS]
-    session = session_of(source)
+        return [Run(emulated(load(source)), ", rounded", kernels=kernels)], [NO_KERNELS]
+    session = session_of(source, kernels)
     if precision == "float32":
-        return [Run(load(source, weights=False), "", session)], []
+        return [Run(load(source, weights=False), "", session, kernels)], []
     model = load(source)
-    return [Run(model, "", session), Run(emulated(model), ", rounded")], [ROUNDED]
+    return [
+        Run(model, "", session, kernels),
+        Run(emulated(model), ", rounded", kernels=kernels),
+    ], [ROUNDED]
 
 
 def load(source: Path | bytes | onnx.ModelProto, weights: bool = True) -> onnx.ModelProto:
@@ -151,30 +162,36 @@ def interface(model: onnx.ModelProto) -> tuple[TensorInfo, tuple[TensorInfo, ...
     return summary.inputs[0], summary.outputs, meta
 
 
-def session_of(source: Path | bytes | onnx.ModelProto) -> onnxruntime.InferenceSession:
+def session_of(
+    source: Path | bytes | onnx.ModelProto, kernels: Path | None = None
+) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU with torch's number of threads, which do not spin while they wait."""
     import onnx
 
     if not isinstance(source, onnx.ModelProto):
-        return open_session(source)
+        return open_session(source, kernels=kernels)
     if not is_large(source):
-        return open_session(source.SerializeToString())
+        return open_session(source.SerializeToString(), kernels=kernels)
     copy = onnx.ModelProto()
     copy.CopyFrom(source)  # its weights go out of it
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write_pair(copy, path)
         del copy
-        return open_session(path)
+        return open_session(path, kernels=kernels)
 
 
-def open_session(source: Path | bytes, folder: str = "", level: str = "all") -> onnxruntime.InferenceSession:
+def open_session(
+    source: Path | bytes, folder: str = "", level: str = "all", kernels: Path | None = None
+) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU with torch's number of threads, which do not spin while they wait.
 
     Args:
         source: the file, or its content.
         folder: where weights in files of their own are, for a content.
         level: of ONNX Runtime's optimisation: all, extended, basic, or none (the graph as it is written).
+        kernels: the library that nodes of domain `vitrail` run by, see `vitrail.ops.library.onnxruntime_library`;
+            default: none, they run by the functions that the file holds.
     """
     import onnxruntime
 
@@ -194,14 +211,36 @@ def open_session(source: Path | bytes, folder: str = "", level: str = "all") -> 
     if folder:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     content = source if isinstance(source, bytes) else str(source)
+    if kernels is not None:
+        try:
+            options.register_custom_ops_library(str(kernels))
+        except Exception as error:  # the runtime's exceptions have no common base
+            raise ExportError(f"ONNX Runtime can't load the kernels of {kernels}: {error}") from error
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions have no common base
         raise ExportError(f"ONNX Runtime can't load the file: {error}") from error
 
 
-def runtime_name() -> str:
+def runtime_name(kernels: Path | None = None) -> str:
     """The runtime with its version and threads, for reports."""
     import onnxruntime
 
-    return f"onnxruntime {onnxruntime.__version__} CPU, {torch.get_num_threads()} threads"
+    own = ", nodes by vitrail's kernels" if kernels else ""
+    return f"onnxruntime {onnxruntime.__version__} CPU, {torch.get_num_threads()} threads{own}"
+
+
+def kernels_for(model: onnx.ModelProto, name: str) -> Path:
+    """The library of kernels for a file with nodes for them.
+
+    Raises:
+        ExportError: the file has no such nodes, or the library can't be built.
+    """
+    from ..ops import library
+
+    if not any(node.domain == DOMAIN for node in model.graph.node):
+        raise ExportError(f"{name} has no nodes that vitrail's kernels run; export it with operators='fused'")
+    try:
+        return library.onnxruntime_library()
+    except library.BuildError as error:
+        raise ExportError(f"the kernels for ONNX Runtime could not be built: {error}") from error

@@ -18,7 +18,7 @@ from .errors import ExportError
 from .graph import precision_of, walk
 from .images import Preprocessing, pretrained_cfg
 from .metadata import entry_of
-from .runs import Run, interface, load, open_runs, runtime_name
+from .runs import Run, interface, kernels_for, load, open_runs, runtime_name
 
 if TYPE_CHECKING:
     import onnx
@@ -135,21 +135,25 @@ class OnnxSubject(Subject):
 
     Args:
         source: the file, or its content.
+        kernels: run its nodes of domain `vitrail` by this project's kernels.
 
     Raises:
-        ExportError: it can't be loaded, or takes something else than one batch of images.
+        ExportError: it can't be loaded, or takes something else than one batch of images; or it has no nodes for
+            kernels.
     """
 
     runs = "ONNX Runtime"
 
-    def __init__(self, source: str | os.PathLike[str] | bytes):
+    def __init__(self, source: str | os.PathLike[str] | bytes, kernels: bool = False):
         self.folder = "" if isinstance(source, bytes) else os.path.dirname(os.path.abspath(source))
         self.name = "the file" if isinstance(source, bytes) else os.fspath(source)
         source = source if isinstance(source, bytes) else Path(source)
-        self._ways, self.remarks = open_runs(source)
-        self.precision = _precision(load(source, weights=False))
+        proto = load(source, weights=False)
+        self.kernels = kernels_for(proto, self.name) if kernels else None
+        self._ways, self.remarks = open_runs(source, self.kernels)
+        self.precision = _precision(proto)
         self.proto = self._ways[0].model
-        self.runtime = runtime_name()
+        self.runtime = runtime_name(self.kernels)
         self.input, outputs, self.meta = interface(self.proto)
         self.output_names = [output.name for output in outputs]
         self.pictures = self.input.dtype == "uint8"
@@ -269,11 +273,18 @@ def _preprocessing(meta: Mapping[str, str]) -> Preprocessing | None:
 _DTYPES = {"uint8": torch.uint8, "float": torch.float32, "float16": torch.float16, "double": torch.float64}
 
 
-def subject(side: nn.Module | str | os.PathLike[str] | bytes | Subject, form: str = "classifier") -> Subject:
+def subject(
+    side: nn.Module | str | os.PathLike[str] | bytes | Subject, form: str = "classifier", kernels: bool = False
+) -> Subject:
     """The side of a comparison that `side` means: a module, or a file by its suffix, or an ONNX file's content.
 
+    Args:
+        side: what is meant.
+        form: of a module.
+        kernels: of an ONNX file: run its nodes by this project's kernels; of no effect on a module or a subject.
+
     Raises:
-        ValueError: a file of another kind.
+        ValueError: a file of another kind; kernels for something else than an ONNX file.
         ExportError, OSError, TypeError: see the subjects.
     """
     if isinstance(side, Subject):
@@ -281,10 +292,12 @@ def subject(side: nn.Module | str | os.PathLike[str] | bytes | Subject, form: st
     if isinstance(side, nn.Module):
         return ModuleSubject(side, form)
     if isinstance(side, bytes):
-        return OnnxSubject(side)
+        return OnnxSubject(side, kernels)
     suffix = Path(side).suffix.lower()
     if suffix == ".onnx":
-        return OnnxSubject(side)
+        return OnnxSubject(side, kernels)
+    if kernels:
+        raise ValueError(f"kernels are for ONNX files (.onnx), got {os.fspath(side)!r}")
     if suffix in ENGINES:
         from .engine import Engine
 

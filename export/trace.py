@@ -193,7 +193,7 @@ def _blame_optimiser(
             swap: bool = swap,
             expected: Mapping[str, Tensor] = expected,
         ) -> bool:
-            session = open_session(this.proto.SerializeToString(), this.folder, level)
+            session = open_session(this.proto.SerializeToString(), this.folder, level, this.kernels)
             got = this.named(this.run_session(session, this.output_names, mine))
             pairs = [(got[x], expected[y]) if swap else (expected[x], got[y]) for x, y in outputs]
             return all(_agree(measure(e, g), rtol, atol) for e, g in pairs)

@@ -34,6 +34,7 @@ def verify_onnx(
     atol: float | None = None,
     seed: int = 0,
     original: str | os.PathLike[str] | bytes | None = None,
+    kernels: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> VerificationReport:
     """Compare an ONNX file with the module that it claims to be.
@@ -53,13 +54,14 @@ def verify_onnx(
         rtol, atol: tolerances, see `measure`; default: `TOLERANCES` of the file's precision.
         seed: of the noise.
         original: the float32 file that a file in half precision was made from, or its content; see `measure`.
+        kernels: run the nodes of a file with fused operators by this project's kernels; see `compare`.
         progress: called with a line of text before each step.
 
     Returns:
         the report; a file that differs is a report with `passed` False, not an exception.
 
     Raises:
-        ExportError: the file can't be loaded.
+        ExportError: the file can't be loaded; it has no nodes for kernels, or these can't be built.
         ImportError: onnx or onnxruntime is missing.
         ValueError, TypeError: wrong images, preprocessing or model.
     """
@@ -67,7 +69,7 @@ def verify_onnx(
     say = progress or (lambda text: None)
     prepare = Preprocessing.of(model, preprocessing)
     say("loading the file into ONNX Runtime")
-    file = OnnxSubject(path)
+    file = OnnxSubject(path, kernels)
     module = ModuleSubject(model, file.form)
     usual = TOLERANCES[file.precision]
     comparison = Comparison(

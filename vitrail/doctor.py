@@ -36,6 +36,7 @@ class Diagnosis:
     machine: dict[str, Any]
     library: LibraryStatus
     cuda_library: LibraryStatus
+    onnxruntime_library: LibraryStatus
     operators: list[OperatorPath]
     advice: list[str]
 
@@ -144,4 +145,5 @@ def diagnose() -> Diagnosis:
                 library.load(device)
     cpu, cuda = library.status("cpu"), library.status("cuda")
     paths = [path for device in devices for path in _operators(cpu if device == "cpu" else cuda, device)]
-    return Diagnosis(_versions(), machine, cpu, cuda, paths, _advice(cpu, cuda, machine))
+    runtime = library.status("onnxruntime")
+    return Diagnosis(_versions(), machine, cpu, cuda, runtime, paths, _advice(cpu, cuda, machine))

@@ -12,6 +12,7 @@ examples:
   vitrail build --device cuda    # for GPUs, here or elsewhere; needs nvcc, no GPU
   TORCH_CUDA_ARCH_LIST="9.0" vitrail build --device cuda    # for Hopper alone, in a fraction of the time
   TORCH_CUDA_ARCH_LIST="8.9" vitrail build --device tensorrt    # plugins for engines on Ada; needs nvcc alone
+  vitrail build --device onnxruntime    # kernels with which ONNX Runtime runs files with fused operators
 """
 
 
@@ -29,9 +30,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device",
-        choices=("cpu", "cuda", "tensorrt", "all"),
-        help="for which device, or the plugins for TensorRT; `all` is CPU and GPU; default: the CPU, and the GPU "
-        "where torch sees one",
+        choices=("cpu", "cuda", "tensorrt", "onnxruntime", "all"),
+        help="for which device, or the plugins for TensorRT, or the kernels for ONNX Runtime; `all` is CPU and GPU; "
+        "default: the CPU, and the GPU where torch sees one",
     )
     parser.add_argument(
         "--force", action="store_true", help="build even where a matching library is in the cache"

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         ("library", _where(status)),
         ("CUDA compiler", gpu.compiler_version or gpu.reason or "none found"),
         ("CUDA library", _where(gpu)),
+        ("for ONNX Runtime", _where(found.onnxruntime_library)),
         ("cache", str(status.cache_dir)),
     ]
     operators = terminal.table(

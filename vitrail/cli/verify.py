@@ -44,6 +44,7 @@ examples:
   vitrail verify biformer_tiny@weights.safetensors biformer_tiny.onnx
   vitrail verify biformer_tiny.onnx biformer_tiny.int8.onnx --images photos/
   vitrail verify model.onnx model.engine --batch 1,4 --json
+  vitrail verify biformer_tiny fused.onnx --kernels        # fused operators by our kernels in ONNX Runtime
   vitrail verify biformer_small@published.pth converted.safetensors --trace
   vitrail verify biformer_pico biformer_pico.onnx          # an export of random weights, --seed 0
 """
@@ -127,6 +128,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="prepare photos as this side says; without it, sides that say different things are a failure",
     )
     parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="run the fused operators of B, an ONNX file, by vitrail's kernels and not by the functions in the file "
+        "(built where that was not done, see `vitrail build --device onnxruntime`)",
+    )
+    parser.add_argument(
         "--trace",
         action="store_true",
         default=None,
@@ -194,7 +201,13 @@ def _subjects(args: argparse.Namespace) -> tuple["Subject", "Subject"]:
     """Both sides, loaded; files first, since they say how models are to be made."""
     from ..export.subjects import subject
 
-    files = {id(side): subject(side.file) for side in (args.a, args.b) if side.file}
+    if args.kernels and not (args.b.file or "").lower().endswith(".onnx"):
+        raise UsageError(f"--kernels is for an ONNX file with fused operators as B, got '{args.b.text}'")
+    files = {
+        id(side): subject(side.file, kernels=args.kernels and side is args.b)
+        for side in (args.a, args.b)
+        if side.file
+    }
     facts = next((f for f in map(_facts, files.values()) if f), {})
     named = next((side.model for side in (args.a, args.b) if side.model), None)
     sides = [files.get(id(side)) or _model(side, args, facts, named) for side in (args.a, args.b)]
