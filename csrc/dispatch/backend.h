@@ -18,8 +18,8 @@
     extern const Table name;                 \
     }
 
-// The table that `name` stands for in this process.
-#if defined(__x86_64__)
+// The table that `name` stands for in this process; VITRAIL_PORTABLE: only one was compiled.
+#if defined(__x86_64__) && !defined(VITRAIL_PORTABLE)
 #define VITRAIL_KERNELS(name)                                                                    \
     ::vitrail::chosen(::vitrail::portable::name, ::vitrail::avx2::name, ::vitrail::avx512::name, \
                       ::vitrail::avx512_bf16::name)

@@ -29,7 +29,6 @@ enum ElementType : int32_t {
     kInt32 = 6,
     kInt64 = 7,
     kFloat16 = 10,
-    kDouble = 11,
     kBFloat16 = 16
 };
 enum Characteristic : int32_t { kRequired = 0, kVariadic = 2 };

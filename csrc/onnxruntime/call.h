@@ -58,9 +58,7 @@ inline Tensor returned(const Tensor&, std::vector<int64_t> sizes, ScalarType typ
 
 // Of half types only zero is ever asked for, whose bits are zero, too.
 inline void fill_(const Tensor& t, double value) {
-    if (t.scalar_type() == ScalarType::Double)
-        std::fill_n(static_cast<double*>(t.mutable_data_ptr()), t.numel(), value);
-    else if (t.scalar_type() == ScalarType::Float)
+    if (t.scalar_type() == ScalarType::Float)
         std::fill_n(static_cast<float*>(t.mutable_data_ptr()), t.numel(), float(value));
     else if (value == 0)
         std::memset(t.mutable_data_ptr(), 0, size_t(t.numel() * t.element_size()));

@@ -50,8 +50,6 @@ ScalarType scalar_type(ElementType type) {
     switch (type) {
         case kFloat:
             return ScalarType::Float;
-        case kDouble:
-            return ScalarType::Double;
         case kFloat16:
             return ScalarType::Half;
         case kBFloat16:
@@ -61,7 +59,7 @@ ScalarType scalar_type(ElementType type) {
         case kInt64:
             return ScalarType::Long;
         default:
-            throw std::invalid_argument("tensors must be float32, float64, float16, bfloat16, int32 or int64, "
+            throw std::invalid_argument("tensors must be float32, float16, bfloat16, int32 or int64, "
                                         "got ONNX type " +
                                         std::to_string(int(type)));
     }
@@ -226,7 +224,7 @@ const std::vector<std::unique_ptr<Registered>>& all() {
         std::vector<std::unique_ptr<Registered>> made;
         for (const auto& [operation, rules] : operators())
             for (int number = 1; number <= kMostVariants; ++number)
-                for (const ElementType type : {kFloat, kDouble, kFloat16, kBFloat16})
+                for (const ElementType type : {kFloat, kFloat16, kBFloat16})
                     made.push_back(std::make_unique<Registered>(operation, number, type));
         return made;
     }();

@@ -7,7 +7,7 @@
 namespace vitrail::standalone {
 
 Tensor widened(const Tensor& t) {
-    if (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double) return t;
+    if (t.scalar_type() == ScalarType::Float) return t;
     const Tensor to = new_empty(t, sizes_of(t), ScalarType::Float);
     const auto run = [&](auto s) {
         using S = decltype(s);
@@ -21,7 +21,7 @@ Tensor widened(const Tensor& t) {
     else if (t.scalar_type() == ScalarType::Half)
         run(portable::Float16());
     else
-        throw std::invalid_argument("weights, biases and bases must be numbers, and no integers");
+        throw std::invalid_argument("weights, biases and the basis must be float32, float16 or bfloat16");
     return to;
 }
 

@@ -24,8 +24,7 @@ def _commands(
     compiler: Compiler, target: Path, sanitize: Sequence[str] = ()
 ) -> tuple[list[list[str]], list[str]]:
     sanitizer = [f"-fsanitize={','.join(sanitize)}", "-fno-sanitize-recover=all", "-g"] if sanitize else []
-    kernels = [x for x in sorted(library._SOURCES.rglob("*.cu")) if x.parent != library._PLUGIN_SOURCES]
-    sources = [*kernels, library._SOURCES / "dispatch" / "capability.cpp"]
+    sources = [*library._sources("cuda", ".cu"), library._SOURCES / "dispatch" / "capability.cpp"]
     compiles, objects = [], []
     for source in sources:
         objects.append(str(target.with_name(f"{source.stem}.o")))

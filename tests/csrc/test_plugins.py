@@ -168,5 +168,5 @@ def test_types_that_kernels_do_not_know_are_not_supported(plugins):
 
 
 def test_the_interface_is_declared_without_headers_of_tensorrt():
-    text = (library._PLUGIN_SOURCES / "abi.h").read_text()
+    text = (library._SOURCES / "tensorrt" / "abi.h").read_text()
     assert set(re.findall(r"#include (\S+)", text)) == {"<cstddef>", "<cstdint>"}

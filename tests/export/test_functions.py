@@ -1,6 +1,8 @@
 """Operators as nodes: their functions compute what definitions do, in any type and at any batch, in every family."""
 
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,6 +19,7 @@ from vitrail.export.precision import convert_precision
 from vitrail.ops import sparse_attention
 from vitrail.zoo.inference import standard_form
 
+from ..csrc.runtime_kernels import portable_kernels, session
 from .node_calls import NodeCall, calls, function_model
 
 PICOS = {
@@ -83,16 +86,35 @@ def test_the_sizes_behind_every_node_are_known(fused):
             assert len(known[node.output[0]].shape.dim) >= 3
 
 
+def test_kernels_in_onnx_runtime_take_the_place_of_the_functions(fused, tmp_path):
+    """The functions are still there; the profile says what ran. Threads and batches change nothing."""
+    _, _, proto = fused
+    content, path = proto.SerializeToString(), portable_kernels()
+    plain = session(content, None)
+    kernels = [session(content, path, threads, str(tmp_path / "run")) for threads in (1, 2)]
+    for batch in (1, 3):
+        image = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch)).numpy()
+        expected = plain.run(None, {"input": image})[0]
+        one, two = (opened.run(None, {"input": image})[0] for opened in kernels)
+        assert np.array_equal(one, two)
+        assert np.abs(one - expected).max() <= 1e-5 * np.abs(expected).max()
+    events = json.loads(Path(kernels[0].end_profiling()).read_text())
+    ran = {event["args"]["op_name"] for event in events if event.get("cat") == "Node"}
+    assert {node.op_type for node in proto.graph.node if node.domain == DOMAIN} <= ran
+    assert "TopK" not in ran
+
+
 def test_half_types_run_and_stay_close(fused):
-    """The converted file in ONNX Runtime; functions serve every type."""
+    """The converted file in ONNX Runtime, by functions and by kernels; both serve every type."""
     _, model, proto = fused
     image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         exact = model(image)
     half = convert_precision(proto, "float16")
     onnx.checker.check_model(half, full_check=True)
-    error = np.abs(run(half, image.numpy()) - exact.numpy()).max() / exact.abs().max()
-    assert error < 2e-2
+    for kernels in (None, portable_kernels()):
+        (found,) = session(half.SerializeToString(), kernels).run(None, {"input": image.numpy()})
+        assert np.abs(found - exact.numpy()).max() / exact.abs().max() < 2e-2
     onnx.checker.check_model(convert_precision(proto, "bfloat16"), full_check=True)
 
 

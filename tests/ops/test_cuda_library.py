@@ -180,7 +180,7 @@ def test_a_library_for_gpus_that_does_not_load_gives_way_to_the_definitions_with
 def test_plugins_are_made_of_forward_kernels_and_know_nothing_of_torch(nvcc):
     compiles, link = library.plugin_commands(library.find_nvcc(), Path("libvitrail_tensorrt.so"))
     sources = {Path(command[command.index("-c") + 1]).stem for command in compiles}
-    assert sources == {*library.PLUGINS, "attention", "operators", "plugin", "widen"}
+    assert sources == {*library.PLUGINS, "attention", "node", "operators", "plugin", "results", "widen"}
     assert not [part for command in [*compiles, link] for part in command if "torch" in part]
     assert all("-DVITRAIL_STANDALONE" in command for command in compiles)
 
@@ -222,14 +222,21 @@ def test_plugins_need_no_torch_for_gpus(nvcc, monkeypatch):
         library.find_cuda_compiler()
 
 
-def test_what_changes_the_plugins_alone_leaves_the_other_libraries_as_they_are(nvcc, tmp_path, monkeypatch):
-    keys = {part.device: library._source_key(part=part) for part in library.PARTS.values()}
+@pytest.mark.parametrize(
+    ("changed", "concerned"),
+    [
+        ("tensorrt/plugin.cpp", {"tensorrt"}),
+        ("onnxruntime/library.cpp", {"onnxruntime"}),
+        ("standalone/node.cpp", {"tensorrt", "onnxruntime"}),
+        ("ops/host.h", {"cpu", "cuda", "tensorrt", "onnxruntime"}),
+    ],
+)
+def test_a_library_is_made_anew_by_what_it_is_made_of_alone(nvcc, tmp_path, monkeypatch, changed, concerned):
     copy = tmp_path / "csrc"
     shutil.copytree(library._SOURCES, copy)
     monkeypatch.setattr(library, "_SOURCES", copy)
-    monkeypatch.setattr(library, "_PLUGIN_SOURCES", copy / "tensorrt")
     before = {part.device: library._source_key(part=part) for part in library.PARTS.values()}
-    with (copy / "tensorrt" / "plugin.cpp").open("a") as file:
+    with (copy / changed).open("a") as file:
         file.write("// changed")
     after = {part.device: library._source_key(part=part) for part in library.PARTS.values()}
-    assert {device for device in keys if before[device] != after[device]} == {"tensorrt"}
+    assert {device for device in before if before[device] != after[device]} == concerned

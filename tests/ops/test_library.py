@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vitrail.ops import library
+from vitrail.ops.library import BuildError, Compiler
 
 # The module alone: it needs nothing of the package, whose import would take most of the time.
 ALONE = f"""
@@ -438,9 +439,17 @@ def test_status_neither_compiles_nor_loads_nor_writes(environment, tmp_path):
     assert not list((tmp_path / "tmp").iterdir())
 
 
-@pytest.mark.parametrize("source", ["ops/routed_attention.cpp", "ops/routed_attention_kernel.cpp"])
-def test_the_sources_compile_without_a_warning(source, tmp_path):
-    commands, _ = library.compile_commands(library.find_compiler(), tmp_path / "libvitrail.so")
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        (library.CPU, "ops/routed_attention.cpp"),
+        (library.CPU, "ops/routed_attention_kernel.cpp"),
+        (library.ONNXRUNTIME, "onnxruntime/library.cpp"),
+        (library.ONNXRUNTIME, "ops/routed_attention.cpp"),
+    ],
+)
+def test_the_sources_compile_without_a_warning(part, source, tmp_path):
+    commands, _ = part.commands(library.find_compiler(), tmp_path / part.file, ())
     chosen = [command for command in commands if any(part.endswith(source) for part in command)]
     assert chosen
     for command in chosen:
@@ -467,3 +476,32 @@ def test_wide_instructions_stay_in_functions_of_their_own(tmp_path):
         ]  # weak functions; V and u are data
         assert shared
         assert not [line for line in shared if "vitrail::avx" not in line]
+
+
+# --- kernels for ONNX Runtime -----------------------------------------------------------------------------------------
+
+
+def test_kernels_for_onnx_runtime_are_those_of_the_forward_pass_and_know_nothing_of_torch():
+    compiles, link = library.onnxruntime_commands(
+        Compiler(("c++",), ""), Path("libvitrail_onnxruntime.so")
+    )
+    units = {Path(command[command.index("-o") + 1]).stem for command in compiles}
+    hosts = {*library.PLUGINS, "capability", "library", "node", "operators", "widen"}
+    kernels = {
+        f"{name}_kernel.{instructions}"
+        for name in ("attention", *library.PLUGINS)
+        for instructions in library._instruction_sets()
+    }
+    assert units == hosts | kernels
+    assert not [part for command in [*compiles, link] for part in command if "torch" in part]
+
+
+def test_a_library_of_kernels_that_the_environment_names_is_taken_or_missed_by_name(tmp_path, monkeypatch):
+    path = tmp_path / "kernels.so"
+    monkeypatch.setenv("VITRAIL_ONNXRUNTIME_LIBRARY", str(path))
+    with pytest.raises(
+        BuildError, match=r"no library at .*kernels\.so, which VITRAIL_ONNXRUNTIME_LIBRARY names"
+    ):
+        library.onnxruntime_library()
+    path.write_bytes(b"")
+    assert library.onnxruntime_library() == path

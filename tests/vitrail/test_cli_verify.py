@@ -13,6 +13,8 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
+from ..csrc.runtime_kernels import portable_kernels
+
 MODEL = "test_resnet"
 
 
@@ -174,3 +176,58 @@ def test_a_command_that_is_terminated_takes_back_what_is_half_done(tmp_path):
         assert process.stderr.read().splitlines()[-1] == "terminated"
     assert process.returncode == 143
     assert list(tmp_path.iterdir()) == []
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused(tmp_path):
+    """A file with one fused operator, whose function computes something else than the operator does."""
+    function = onnx.helper.make_function(
+        "vitrail",
+        "strip_mix",
+        ["x", "weight"],
+        ["out"],
+        [onnx.helper.make_node("Identity", ["x"], ["out"])],
+        [onnx.helper.make_opsetid("", 20)],
+        ["inputs", "axis"],
+    )
+    image = onnx.helper.make_tensor_value_info("input", 1, ["batch", 3, 8, 8])
+    out = onnx.helper.make_tensor_value_info("out", 1, ["batch", 3, 8, 8])
+    doubling = torch.zeros(3, 8, 8, 1)
+    doubling[1].diagonal()[:] = 2
+    node = onnx.helper.make_node("strip_mix", ["input", "weight"], ["out"], domain="vitrail", axis=2)
+    node.attribute.append(onnx.helper.make_attribute("inputs", "x,weight"))
+    weight = numpy_helper.from_array(doubling.numpy(), "weight")
+    graph = onnx.helper.make_graph([node], "graph", [image], [out], [weight])
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("vitrail", 1)]
+    model = onnx.helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+    onnx.save(model, tmp_path / "fused.onnx")
+    return tmp_path / "fused.onnx"
+
+
+def test_kernels_run_in_the_place_of_functions_and_the_report_says_so(cli, fused, monkeypatch):
+    monkeypatch.setenv("VITRAIL_ONNXRUNTIME_LIBRARY", str(portable_kernels()))
+    assert cli("verify", fused, fused, "--batch", 1).code == 0
+    result = cli("verify", fused, fused, "--batch", 1, "--kernels", "--json")
+    assert result.code == 1
+    assert result.document["runtime"].endswith("nodes by vitrail's kernels")
+    assert [check["max_relative"] for check in result.document["checks"]] == pytest.approx([1, 1])
+    assert result.document["trace"]["first"]["name"] == "out"
+
+
+def test_kernels_are_for_files_with_nodes_for_them(cli, folder):
+    result = cli("verify", folder / "right.onnx", folder / "right.onnx", "--kernels")
+    assert (result.code, "right.onnx has no nodes that vitrail's kernels run" in result.err) == (1, True)
+    result = cli("verify", folder / "right.onnx", MODEL, "--kernels")
+    assert (result.code, "--kernels is for an ONNX file with fused operators as B" in result.err) == (2, True)
+
+
+def test_a_library_of_kernels_that_does_not_load_is_named(cli, fused, tmp_path, monkeypatch):
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    monkeypatch.setenv("VITRAIL_ONNXRUNTIME_LIBRARY", str(tmp_path / "broken.so"))
+    result = cli("verify", fused, fused, "--kernels")
+    assert result.code == 1
+    assert "ONNX Runtime can't load the kernels of" in result.err
+    assert "broken.so" in result.err
