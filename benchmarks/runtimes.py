@@ -1,4 +1,4 @@
-"""Exported networks in ONNX Runtime: ours in float32 and in 8 bits, timm's and the authors' own, and torch beside them.
+"""Exported networks in ONNX Runtime: ours (float32, our kernels, 8 bits), timm's and the authors' own, and torch.
 
 All files come from the same torch and hold the same weights where it is the same network. Ours are written by
 `vitrail.export`, with a batch that is open; others by torch's exporter as their users call it, with the batch fixed to
@@ -29,15 +29,16 @@ from harness.report import Table, milliseconds, ratio
 from harness.timing import GEMM, GEMM_SIDE, Run, alternate, gemm, gemm_rate
 from vitrail.catalog import default_size
 from vitrail.cli.terminal import JobFailed, Terminal
-from vitrail.export import ExportError, QuantizationReport, quantize_onnx, to_onnx
+from vitrail.export import ExportError, QuantizationReport, onnxruntime_library, quantize_onnx, to_onnx
 from vitrail.export.calibration import find_photos
 from vitrail.export.capture import quiet
 from vitrail.export.images import load_image, sample_photos
 from vitrail.export.runs import open_session
-from vitrail.export.sensitivity import outputs
+from vitrail.ops.library import BuildError
 from vitrail.zoo.inference import standard_form
 
 ONNX, INT8 = "ONNX Runtime", "ONNX Runtime, int8"
+KERNELS = "ONNX Runtime, kernels"
 _LIMIT = 1e-2
 """Of float32 files against the same network in torch: largest error over largest logit; routes that flip leave some."""
 _CUTTINGS = 48
@@ -96,21 +97,32 @@ def calibration(folder: Path | None) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def export_ours(group: Group, photos: Path | None, folder: Path) -> Files:
-    """Our network in float32 and, where there are photos, in 8 bits.
+def export_ours(group: Group, photos: Path | None, folder: Path, kernels: bool) -> Files:
+    """Our network in float32, for our kernels if they are asked for, and in 8 bits where there are photos.
 
     Raises:
-        JobFailed: an export fails.
+        JobFailed: an export fails, or the kernels can't be built.
     """
     model = next(c.model for c in group.candidates if c.name == FUSED)
     files = Files({ONNX: folder / "float32.onnx"}, {})
     try:
         to_onnx(model, files.written[ONNX], img_size=group.size, rewrite=standard_form, verify=False)
+        if kernels:
+            files.written[KERNELS] = folder / "fused.onnx"
+            to_onnx(
+                model,
+                files.written[KERNELS],
+                img_size=group.size,
+                operators="fused",
+                rewrite=standard_form,
+                verify=False,
+            )
+            onnxruntime_library()
         if photos is not None:
             made = folder / "int8.onnx"
             files.quantisation = quantize_onnx(files.written[ONNX], made, calibration=photos, model=model)
             files.written[INT8] = made
-    except ExportError as error:
+    except (BuildError, ExportError) as error:
         raise JobFailed(f"{group.name}: {error}") from error
     return files
 
@@ -152,17 +164,17 @@ def measure(group: Group, files: Files, batch: int, folder: Path, args: argparse
             continue
         paths[name] = path
     candidates: dict[str, Run] = {name: run for name, run in todo.items() if not name.startswith("reference")}
-    sources = {ONNX: FUSED, INT8: FUSED} | {f"{name}, {ONNX}": name for name in todo}
+    sources = {ONNX: FUSED, KERNELS: FUSED, INT8: FUSED} | {f"{name}, {ONNX}": name for name in todo}
     for name, path in paths.items():
         source = sources[name]
-        expected = todo[source]()
-        (found,) = outputs(path.read_bytes(), images.numpy(), batch).values()
-        error = float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())  # type: ignore[operator]
+        candidates[name] = _runner(path, images, name == KERNELS)
+        expected: Any = todo[source]()
+        (found,) = candidates[name]()
+        error = float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())
         if name != INT8 and not error <= _LIMIT:
             raise JobFailed(f"{group.name}, {name}: the file differs from {source} in torch by {error:.1e}")
         if source in errors:
             errors[name] = error
-        candidates[name] = _runner(path, images)
     found_times = alternate(candidates | {GEMM: gemm(torch.float32)}, args.min_seconds, args.min_rounds)
     rate = gemm_rate(found_times.pop(GEMM))
     return [
@@ -189,8 +201,8 @@ def measure(group: Group, files: Files, batch: int, folder: Path, args: argparse
     ]
 
 
-def _runner(path: Path, images: Tensor) -> Run:
-    session = open_session(path.read_bytes())
+def _runner(path: Path, images: Tensor, kernels: bool) -> Any:
+    session = open_session(path.read_bytes(), kernels=onnxruntime_library() if kernels else None)
     feed = {session.get_inputs()[0].name: images.numpy()}
     return lambda: session.run(None, feed)
 
@@ -251,7 +263,9 @@ def measure_all(
                     steps.step(f"{name}: building, exporting")
                     size, dtype = default_size(name)[0], torch.float32
                     group = build_group(name, size, dtype, checkouts.get(name), NETWORKS.get(name))
-                    files = export_ours(group, None if args.no_int8 else photos, Path(scratch))
+                    files = export_ours(
+                        group, None if args.no_int8 else photos, Path(scratch), not args.no_kernels
+                    )
                     for batch in args.batch:
                         steps.step(f"{name}, batch {batch}")
                         rows += measure(group, files, batch, Path(scratch), args)
@@ -288,6 +302,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         help="photos to quantise with (default: cuttings of the two that scikit-learn ships)",
     )
     parser.add_argument("--no-int8", action="store_true", help="leave files in 8 bits out")
+    parser.add_argument("--no-kernels", action="store_true", help="leave files with our kernels out")
     args = parser.parse_args(arguments)
     if args.device != "cpu" or args.dtype != "float32" or args.compile:
         parser.error(
@@ -305,7 +320,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 def main(arguments: list[str] | None = None) -> int:
     parser, args = parse(arguments)
-    complete = not (args.models or args.batch or args.no_int8)
+    complete = not (args.models or args.batch or args.no_int8 or args.no_kernels)
     args.size = None  # each network's own, which most files are made for
     args.models = args.models or list(NETWORKS)
     args.batch = args.batch or [1, 8]

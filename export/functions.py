@@ -46,6 +46,9 @@ NODES = (
 of the inference form (`packed_linear`, `depthwise_conv`, ...) are not: engines have products and convolutions of their
 own, and join to them what surrounds them. `connectivity_attention` is a product and two of these."""
 
+UNORDERED = ("connectivity_topk",)
+"""Operators whose result is a set: a kernel lists its members in another order than the definition."""
+
 MOST_VARIANTS = 32
 """Names that a plugin library knows for an operator."""
 

@@ -132,7 +132,8 @@ class _Recorder(TorchDispatchMode):
 class OnnxSource:
     """What the nodes of an ONNX graph compute, as the graph is written: without the runtime's optimisation.
 
-    Model-local functions are opened, unless kernels run in their place; what is inside of branches and loops stays there.
+    Model-local functions are opened where no kernels run in their place; what is inside of branches and loops stays
+    there.
 
     Args:
         subject: the file.

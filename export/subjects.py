@@ -274,7 +274,9 @@ _DTYPES = {"uint8": torch.uint8, "float": torch.float32, "float16": torch.float1
 
 
 def subject(
-    side: nn.Module | str | os.PathLike[str] | bytes | Subject, form: str = "classifier", kernels: bool = False
+    side: nn.Module | str | os.PathLike[str] | bytes | Subject,
+    form: str = "classifier",
+    kernels: bool = False,
 ) -> Subject:
     """The side of a comparison that `side` means: a module, or a file by its suffix, or an ONNX file's content.
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .capture import plain_operators
+from .functions import UNORDERED
 from .intermediates import Entry, ModuleSource, OnnxSource, source_of
 from .matching import Match, Pool, Search, match
 from .measure import Figures, measure
@@ -230,8 +231,9 @@ def _values(source: Source, keys: Sequence[str]) -> dict[str, Tensor]:
 def _by_name(
     a: Source, b: Source, keys: Sequence[str], names: Mapping[str, str], rtol: float, atol: float
 ) -> dict[str, Match]:
-    """Values of the same name, compared."""
+    """Values of the same name, compared; lists that are sets without their order."""
     found: dict[str, Match] = {}
+    sets = {entry.key for entry in b.entries if entry.op.startswith(UNORDERED)}
     for chunk in b.chunks(set(keys)):
         held = _values(b, chunk)
         wanted = {names.get(key, key): key for key in chunk}
@@ -239,7 +241,10 @@ def _by_name(
         def see(
             key: str, value: Tensor, wanted: Mapping[str, str] = wanted, held: Mapping[str, Tensor] = held
         ) -> None:
-            found[wanted[key]] = match(key, value, held[wanted[key]], rtol, atol)
+            mine, other = value, held[wanted[key]]
+            if wanted[key] in sets:
+                mine, other = mine.sort(-1).values, other.sort(-1).values
+            found[wanted[key]] = match(key, mine, other, rtol, atol)
 
         a.visit(wanted.keys(), see)
     return found

@@ -385,9 +385,7 @@ def plugin_sources() -> list[Path]:
 def _standalone_sources(device: str) -> list[Path]:
     """What stands between the operators and a runtime without torch."""
     folders = (_SOURCES / "standalone", _SOURCES / device)
-    return [
-        path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".cpp", ".cu")
-    ]
+    return [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".cpp", ".cu")]
 
 
 def plugin_commands(
@@ -629,9 +627,7 @@ def _named(part: Part) -> Path | None:
     """A library that was built elsewhere."""
     named = _prebuilt(part)
     if named is not None and not named.is_file():
-        raise BuildError(
-            f"there is no library at {named}, which {part.variable} names; correct or unset it"
-        )
+        raise BuildError(f"there is no library at {named}, which {part.variable} names; correct or unset it")
     return named
 
 

@@ -64,9 +64,8 @@ using ReleaseTensorTypeAndShapeInfo = Function<99, void(OrtTensorTypeAndShapeInf
 using ReleaseCustomOpDomain = Function<101, void(OrtCustomOpDomain*)>;
 using KernelInfoGetAttributeArray_int64 =
     Function<163, OrtStatus*(const OrtKernelInfo*, const char*, int64_t*, size_t*)>;
-using KernelContext_ParallelFor =
-    Function<274, OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t count, size_t batches,
-                             void* argument)>;
+using KernelContext_ParallelFor = Function<274, OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t),
+                                                           size_t count, size_t batches, void* argument)>;
 
 }  // namespace onnxruntime_abi
 

@@ -1,5 +1,5 @@
-// Memory and threads of a kernel in ONNX Runtime: results lie in the runtime's memory, everything else lives as
-// long as the call, and work is shared out among the threads of the session.
+// Memory and threads of a kernel in ONNX Runtime: results lie in the runtime's memory, everything else lives
+// as long as the call, and work is shared out among the threads of the session.
 #pragma once
 
 #include <algorithm>
@@ -80,7 +80,9 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
         std::mutex mutex;
         std::exception_ptr error;
 
-        int64_t first(int64_t part) const { return begin + count / parts * part + std::min(part, count % parts); }
+        int64_t first(int64_t part) const {
+            return begin + count / parts * part + std::min(part, count % parts);
+        }
     };
     const int64_t count = end - begin, parts = std::min((count + grain - 1) / grain, get_num_threads());
     if (parts <= 1 || !Call::current()) return body(begin, end);

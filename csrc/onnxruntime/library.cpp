@@ -1,8 +1,8 @@
 // The operators as custom operators of ONNX Runtime, for its CPU provider: one class for all, which runs the
 // host side of an operator on the runtime's memory and threads.
 //
-// ONNX Runtime takes an operator that is registered before the function of that name in a file. As an operator
-// of a name must state types, each is registered once for every type of its first input.
+// ONNX Runtime takes an operator that is registered before the function of that name in a file. As an
+// operator of a name must state types, each is registered once for every type of its first input.
 #include <memory>
 #include <mutex>
 
@@ -39,7 +39,8 @@ OrtStatus* guarded(const OrtApi& api, const std::string& name, Action action) no
             action();
             return nullptr;
         } catch (const std::exception& error) {
-            return call<CreateStatus>(api, kInvalidArgument, ("vitrail::" + name + ": " + error.what()).c_str());
+            return call<CreateStatus>(api, kInvalidArgument,
+                                      ("vitrail::" + name + ": " + error.what()).c_str());
         }
     } catch (...) {  // of no kind that is known, or no memory for the message
         return call<CreateStatus>(api, kFail, "vitrail: an unknown error");
@@ -59,9 +60,10 @@ ScalarType scalar_type(ElementType type) {
         case kInt64:
             return ScalarType::Long;
         default:
-            throw std::invalid_argument("tensors must be float32, float16, bfloat16, int32 or int64, "
-                                        "got ONNX type " +
-                                        std::to_string(int(type)));
+            throw std::invalid_argument(
+                "tensors must be float32, float16, bfloat16, int32 or int64, "
+                "got ONNX type " +
+                std::to_string(int(type)));
     }
 }
 
@@ -231,7 +233,8 @@ const std::vector<std::unique_ptr<Registered>>& all() {
     return made;
 }
 
-// The domain with all operators. It has to outlive the sessions, so one is kept for each runtime in the process.
+// The domain with all operators. It has to outlive the sessions, so one is kept for each runtime in the
+// process.
 OrtCustomOpDomain* domain_of(const OrtApi& api) {
     static std::mutex mutex;
     static std::map<const OrtApi*, OrtCustomOpDomain*> known;
@@ -262,6 +265,6 @@ OrtStatus* register_all(OrtSessionOptions* options, const OrtApiBase& base) {
 
 // What ONNX Runtime looks for in a library of custom operators.
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                              const OrtApiBase* base) {
+                                                                               const OrtApiBase* base) {
     return vitrail::onnxruntime::register_all(options, *base);
 }

@@ -1,8 +1,8 @@
 // vitrail::channel_attention and its backward on a GPU.
 #include "../cuda/attention_launch.h"
 #include "../cuda/channel_weights.h"
-#include "../dispatch/registration.h"
 #include "../cuda/token_products.h"
+#include "../dispatch/registration.h"
 #include "channel_attention_host.h"
 
 namespace vitrail {

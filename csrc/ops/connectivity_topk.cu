@@ -7,8 +7,8 @@
 
 #include "../core/portable.h"
 #include "../cuda/launch.h"
-#include "../dispatch/registration.h"
 #include "../cuda/selection.h"
+#include "../dispatch/registration.h"
 #include "connectivity_topk_host.h"
 
 namespace vitrail {

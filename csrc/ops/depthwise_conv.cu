@@ -7,8 +7,8 @@
 #include "../core/parts.h"
 #include "../cuda/channels_last.h"
 #include "../cuda/launch.h"
-#include "../dispatch/registration.h"
 #include "../cuda/tiles.h"
+#include "../dispatch/registration.h"
 #include "depthwise_conv_host.h"
 
 namespace vitrail::cuda {

@@ -2,8 +2,8 @@
 // multiplies them and chooses.
 #include "../core/portable.h"
 #include "../cuda/launch.h"
-#include "../dispatch/registration.h"
 #include "../cuda/tiles.h"
+#include "../dispatch/registration.h"
 #include "region_route_host.h"
 
 namespace vitrail {

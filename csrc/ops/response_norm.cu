@@ -5,8 +5,8 @@
 #include "../core/parts.h"
 #include "../cuda/channels_last.h"
 #include "../cuda/launch.h"
-#include "../dispatch/registration.h"
 #include "../cuda/tiles.h"
+#include "../dispatch/registration.h"
 #include "activation_host.h"
 
 namespace vitrail {

@@ -1,7 +1,7 @@
 // vitrail::routed_attention and its backward on a GPU.
 #include "../cuda/attention_host.h"
-#include "../dispatch/registration.h"
 #include "../cuda/routes.h"
+#include "../dispatch/registration.h"
 #include "routed_attention_host.h"
 
 namespace vitrail {

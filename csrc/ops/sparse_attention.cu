@@ -3,8 +3,8 @@
 
 #include "../cuda/attention_host.h"
 #include "../cuda/launch.h"
-#include "../dispatch/registration.h"
 #include "../cuda/tiles.h"
+#include "../dispatch/registration.h"
 #include "sparse_attention_host.h"
 
 namespace vitrail {

@@ -1,7 +1,7 @@
 // vitrail::strip_mix and its backward on a GPU.
 #include "../cuda/launch.h"
-#include "../dispatch/registration.h"
 #include "../cuda/strips.h"
+#include "../dispatch/registration.h"
 #include "strip_mix_host.h"
 
 namespace vitrail {

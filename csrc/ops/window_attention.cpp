@@ -30,8 +30,7 @@ struct OnCpu {
         if (pad_value) g.v[1] = {dpad_value.mutable_data_ptr(), v.size(3), 0, 0};
         if (q.numel() > 0) run_gradients(VITRAIL_KERNELS(kWindowAttention), a, g, images);
         const auto total = [&](const Optional& t, const Tensor& sums) {
-            return t ? converted(summed(sums, sizes_of(*t)), t->scalar_type())
-                     : tensors::new_empty(q, {0});
+            return t ? converted(summed(sums, sizes_of(*t)), t->scalar_type()) : tensors::new_empty(q, {0});
         };
         return {dq,
                 converted(dk, type),

@@ -116,8 +116,7 @@ class FieldAttributes : public Attributes {
 
     template <class T>
     T one(const std::string& name) const {
-        if (field(name).length != 1)
-            throw std::invalid_argument("attribute " + name + " must be one number");
+        if (field(name).length != 1) throw std::invalid_argument("attribute " + name + " must be one number");
         return entries<T>(field(name))[0];
     }
 
@@ -320,8 +319,7 @@ class Plugin : public IPluginV3,
 class Creator : public IPluginCreatorV3One {
   public:
     Creator(std::string operation, int number)
-        : operation_(std::move(operation)),
-          name_(name_of_variant(operation_, number)) {
+        : operation_(std::move(operation)), name_(name_of_variant(operation_, number)) {
         const Operator& rules = operators().at(operation_);
         const Boxed& function = registered().at(operation_);
         fields_.push_back({"inputs", nullptr, PluginFieldType::kChar, 1});

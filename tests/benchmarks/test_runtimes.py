@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from ..csrc.runtime_kernels import portable_kernels
+
 PICO = (
     "--models",
     "davit_fused_pico",
@@ -18,18 +20,21 @@ PICO = (
 )
 
 
-def test_files_in_float32_and_8_bits_run_beside_torch(run, runtimes, tmp_path):
+def test_files_in_float32_and_8_bits_run_beside_torch(run, runtimes, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITRAIL_ONNXRUNTIME_LIBRARY", str(portable_kernels()))
     target = tmp_path / "runtimes.json"
     result = run(runtimes, *PICO, "--output", target)
     assert result.code == 0, result.err
     document = json.loads(target.read_text())
     rows = {row["candidate"]: row for row in document["rows"]}
-    assert set(rows) == {"inference form", "fused", "ONNX Runtime", "ONNX Runtime, int8"}
+    files = {"ONNX Runtime", "ONNX Runtime, kernels", "ONNX Runtime, int8"}
+    assert set(rows) == {"inference form", "fused", *files}
     for row in rows.values():
         assert (row["model"], row["size"], row["batch"]) == ("davit_fused_pico", 32, 2)
         assert row["seconds"] > 0
         assert row["efficiency"] > 0
     assert rows["ONNX Runtime"]["as_long_as"]["ONNX Runtime"] == 1
+    assert rows["ONNX Runtime, kernels"]["error"] < 1e-4
     assert rows["ONNX Runtime"]["error"] < 1e-4 < rows["ONNX Runtime, int8"]["error"] < 0.2
     quantised = document["quantisation"]["davit_fused_pico"]
     assert quantised["images"] == 48

@@ -21,7 +21,16 @@ def _commands(
     compiler: Compiler, target: Path, sanitize: Sequence[str] = ()
 ) -> tuple[list[list[str]], list[str]]:
     sanitizer = [f"-fsanitize={','.join(sanitize)}", "-fno-sanitize-recover=all", "-g"] if sanitize else []
-    command = [*compiler.command, *FLAGS, "-DVITRAIL_STANDALONE", "-Wno-psabi", "-O1", *sanitizer, "-x", "c++"]
+    command = [
+        *compiler.command,
+        *FLAGS,
+        "-DVITRAIL_STANDALONE",
+        "-Wno-psabi",
+        "-O1",
+        *sanitizer,
+        "-x",
+        "c++",
+    ]
     compiles, objects = library._units(command, [*library.plugin_sources(), _HOST], target)
     return compiles, [*compiler.command, "-shared", *sanitizer, "-o", str(target), *objects]
 

@@ -203,7 +203,8 @@ def test_a_runtime_that_is_too_old_is_refused_with_both_versions(kernels):
     get_api = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_uint32)(
         lambda version: ctypes.addressof(table) if version <= 16 else 0
     )
-    get_version = ctypes.CFUNCTYPE(ctypes.c_char_p)(lambda: b"1.16.3")
+    number = ctypes.create_string_buffer(b"1.16.3")
+    get_version = ctypes.CFUNCTYPE(ctypes.c_size_t)(lambda: ctypes.addressof(number))
     base = (ctypes.c_void_p * 2)(
         ctypes.cast(get_api, ctypes.c_void_p), ctypes.cast(get_version, ctypes.c_void_p)
     )

@@ -482,9 +482,7 @@ def test_wide_instructions_stay_in_functions_of_their_own(tmp_path):
 
 
 def test_kernels_for_onnx_runtime_are_those_of_the_forward_pass_and_know_nothing_of_torch():
-    compiles, link = library.onnxruntime_commands(
-        Compiler(("c++",), ""), Path("libvitrail_onnxruntime.so")
-    )
+    compiles, link = library.onnxruntime_commands(Compiler(("c++",), ""), Path("libvitrail_onnxruntime.so"))
     units = {Path(command[command.index("-o") + 1]).stem for command in compiles}
     hosts = {*library.PLUGINS, "capability", "library", "node", "operators", "widen"}
     kernels = {

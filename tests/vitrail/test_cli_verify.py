@@ -214,7 +214,7 @@ def test_kernels_run_in_the_place_of_functions_and_the_report_says_so(cli, fused
     assert result.code == 1
     assert result.document["runtime"].endswith("nodes by vitrail's kernels")
     assert [check["max_relative"] for check in result.document["checks"]] == pytest.approx([1, 1])
-    assert result.document["trace"]["first"]["name"] == "out"
+    assert result.document["trace"]["first_key"] == "out"
 
 
 def test_kernels_are_for_files_with_nodes_for_them(cli, folder):
