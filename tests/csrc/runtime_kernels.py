@@ -1,5 +1,6 @@
 """Kernels for ONNX Runtime, compiled quickly: for one instruction set, with little optimisation."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,8 +32,9 @@ PORTABLE_KERNELS = Part(
 
 
 def portable_kernels() -> Path:
-    """The library; compiled once, kept in the cache."""
-    return library.build(part=PORTABLE_KERNELS, progress=lambda *_: None)
+    """The library, compiled once and kept in the cache; or what the environment names, with sanitizers in it."""
+    named = os.environ.get(PORTABLE_KERNELS.variable)
+    return Path(named) if named else library.build(part=PORTABLE_KERNELS, progress=lambda *_: None)
 
 
 def session(

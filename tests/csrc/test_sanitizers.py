@@ -13,11 +13,16 @@ import pytest
 from vitrail.ops import library
 
 from .emulation import EMULATED
+from .runtime_kernels import PORTABLE_KERNELS
 from .test_emulated_kernels import CHOSEN, OPERATORS
 
 HERE = Path(__file__).parent
 KERNEL_TESTS = [
-    *sorted(path for path in HERE.glob("test_*.py") if path.stem not in ("test_fuzz", Path(__file__).stem)),
+    *sorted(
+        path
+        for path in HERE.glob("test_*.py")
+        if path.stem not in ("test_fuzz", "test_runtime_kernels", Path(__file__).stem)
+    ),
     # where operators of the inference form have all their tests
     *(HERE.parent / "ops" / f"test_{name}.py" for name in ("packed_linear", "packed_conv", "depthwise_conv")),
 ]
@@ -70,6 +75,15 @@ def _run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPr
         assert setarch, "ThreadSanitizer needs setarch (util-linux), to run without address randomisation"
         command = [setarch, "-R", *command]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+
+
+@pytest.mark.parametrize("sanitizers", [MEMORY, THREADS], ids="+".join)
+def test_kernels_for_onnx_runtime_pass_their_tests(sanitizers):
+    environment = _environment(*sanitizers, part=PORTABLE_KERNELS)
+    environment[PORTABLE_KERNELS.variable] = environment.pop("VITRAIL_LIBRARY")
+    tests = str(HERE / "test_runtime_kernels.py")
+    run = _run(environment, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", tests)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
 
 
 @pytest.mark.parametrize("sanitizers", [MEMORY, THREADS], ids="+".join)
