@@ -1,7 +1,10 @@
 """Kernels for ONNX Runtime against the definitions; the files hold no functions, so that nothing else can run."""
 
 import ctypes
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +20,7 @@ from vitrail.export.functions import CHOOSERS, DOMAIN, NODES
 from vitrail.ops import library
 
 from ..export.node_calls import NodeCall, calls
-from .runtime_kernels import portable_kernels, session
+from .runtime_kernels import PORTABLE_KERNELS, portable_kernels, session
 
 # Of results, relative to the largest, against definitions in float64.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -71,7 +74,9 @@ def run(model: onnx.ModelProto, tensors: list[Tensor], kernels: Any, threads: in
     return torch.from_numpy(opened.run(None, dict(zip(names, arrays, strict=True)))[0])
 
 
-def assert_same(out: Tensor, call: NodeCall, tensors: list[Tensor], dtype: torch.dtype) -> None:
+def assert_same(
+    out: Tensor, call: NodeCall, tensors: list[Tensor], dtype: torch.dtype, times: float = 1
+) -> None:
     expected = call.expected([x.double() if x.is_floating_point() else x for x in tensors])
     assert out.shape == expected.shape
     if not expected.is_floating_point():
@@ -80,7 +85,7 @@ def assert_same(out: Tensor, call: NodeCall, tensors: list[Tensor], dtype: torch
         assert torch.equal(out, expected)
         return
     scale = expected.abs().max().clamp(min=1)
-    assert (out.double() - expected).abs().max() <= TOLERANCE[dtype] * scale
+    assert (out.double() - expected).abs().max() <= times * TOLERANCE[dtype] * scale
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -104,7 +109,7 @@ def test_the_number_of_threads_and_the_batch_change_nothing(kernels, operator):
     tensors = call.tensors(torch.float32)
     model = bare_model(call)
     one = run(model, tensors, kernels)
-    assert_same(one, call, tensors, torch.float32)
+    assert_same(one, call, tensors, torch.float32, times=4)  # scores are sums over hundreds of tokens
     assert torch.equal(one, run(model, tensors, kernels, threads=2))
     first = [x[:1] if batched else x for x, batched in zip(tensors, call.batched, strict=True)]
     assert torch.equal(one[:1], run(model, first, kernels))
@@ -121,6 +126,20 @@ def test_regions_may_be_given_by_their_number(kernels, operator, height, width):
     tensors = call.tensors(torch.float32)
     out = run(bare_model(call, attributes=attributes), tensors, kernels)
     assert_same(out, call, tensors, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+def test_the_library_as_it_is_shipped_passes_these_tests_with_every_instruction_set(capability):
+    environment = {
+        **os.environ,
+        PORTABLE_KERNELS.variable: str(library.build(part=library.ONNXRUNTIME, progress=lambda *_: None)),
+        "ATEN_CPU_CAPABILITY": capability,
+    }
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "kernels_compute or nothing"]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
 
 
 def test_batches_may_be_empty(kernels):

@@ -316,6 +316,13 @@ def test_build_for_gpus_without_their_compiler_is_a_failed_job_that_says_so(shel
     assert not (tmp_path / "cache").exists()
 
 
+def test_build_for_onnx_runtime_without_a_compiler_is_a_failed_job_that_says_so(cli, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = cli("build", "--device", "onnxruntime")
+    assert result.code == 1
+    assert result.err.startswith("error: the C++ compiler 'no-such-compiler', named by CXX, was not found")
+
+
 def test_doctor_tells_versions_machine_and_the_path_of_every_operator(cli):
     result = cli("doctor", "--json")
     assert result.code == 0
@@ -323,6 +330,7 @@ def test_doctor_tells_versions_machine_and_the_path_of_every_operator(cli):
     assert document["versions"]["torch"] == torch.__version__.split("+")[0]
     assert document["machine"]["threads"] == torch.get_num_threads()
     assert {op["name"] for op in document["operators"]} >= {"routed_attention", "region_route"}
+    assert document["onnxruntime_library"]["loaded"] is False
     for words in ("routed_attention", "VITRAIL_OPS", "CPU"):
         assert words in cli("doctor").out
 
