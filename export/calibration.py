@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from .errors import ExportError
+from .files import temporary_folder
 from .graph import TensorInfo
 from .images import Preprocessing, find_images, load_image
 from .metadata import entry_of
@@ -164,13 +164,13 @@ def find_ranges(
     }
     source = model.graph.input[0]
     fixed = source.type.tensor_type.shape.dim[0].dim_value or 1
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        file = Path(folder) / "model.onnx"
+    with temporary_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
+        file = folder / "model.onnx"
         onnx.save(model, file)
         # it would watch every tensor of every layer and its neighbours
         # 128 bins, its default, are as many as there are steps, and then there is nothing to choose
         more = {"num_bins": 512} if method == "entropy" else {}
-        calibrater = kinds[method](file, augmented_model_path=str(Path(folder) / "watched.onnx"), **more)
+        calibrater = kinds[method](file, augmented_model_path=str(folder / "watched.onnx"), **more)
         infos = {
             v.name: v for v in (*calibrater.model.graph.value_info, *calibrater.model.graph.output, source)
         }

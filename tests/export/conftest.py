@@ -8,6 +8,10 @@ from torch import nn
 from vitrail.export import to_onnx
 from vitrail.ops import region_route, routed_attention, window_attention
 
+from ..translations import remember_translations
+
+remember_translations()
+
 
 class Attentive(nn.Module):
     """A convolution, LayerNorm, attention, GELU and a classifier: what vision transformers are made of."""
