@@ -7,6 +7,8 @@ QGemm, which put out float32, and Conv into QLinearConv, whose result is 8 bits,
 
 The nodes are placed here and not by ONNX Runtime's own quantiser because that quantises a tensor for all of its
 readers: a residual that passes by a layer would lose precision with it, and so would a layer left in float32.
+
+A layer that reads the pixels of a uint8 input gets those: they are 8-bit numbers already.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ExportError
 from .graph import STANDARD_DOMAINS
+from .pixels import pixels_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +131,8 @@ class Quantiser:
         from onnx import numpy_helper
 
         self._model = model
-        self._ranges = ranges
+        self._pixels = pixels_of(model)
+        self._ranges = {**ranges, **dict.fromkeys(self._pixels, Range(0, LEVELS))}
         self._largest = 2 ** (weight_bits - 1) - 1
         needed = {name for layer in layers for name in (layer.weight, layer.bias)}
         self._values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name in needed}
@@ -176,10 +180,21 @@ class Quantiser:
                 made.graph.node.append(node)
             else:
                 self._place(made.graph, node, layer)
-        read = {name for node in made.graph.node for name in node.input} | {o.name for o in source.output}
+        read = self._drop_unread_pixels(made.graph)
         gone = {name for layer in chosen for name in (layer.weight, layer.bias)} - read
         made.graph.initializer.extend(t for t in source.initializer if t.name not in gone)
         return made
+
+    def _drop_unread_pixels(self, graph: onnx.GraphProto) -> set[str]:
+        """Remove what only changed the type of pixels that layers now read as they are; the names still read."""
+        read = Counter(name for node in graph.node for name in node.input)
+        read.update(output.name for output in graph.output)
+        for i in reversed(range(len(graph.node))):
+            node = graph.node[i]
+            if node.output[0] in self._pixels and not read[node.output[0]]:
+                read.subtract(node.input)
+                del graph.node[i]
+        return {name for name, readers in read.items() if readers}
 
     def _place(self, graph: onnx.GraphProto, node: onnx.NodeProto, layer: Layer) -> None:
         import numpy as np
@@ -217,8 +232,18 @@ class Quantiser:
         for name, value in zip(names, values, strict=True):
             graph.initializer.append(numpy_helper.from_array(np.array(value), name))
         between = f"{tensor}_{kind}_quantized"
-        for op_type, x, y in (("QuantizeLinear", source, between), ("DequantizeLinear", between, target)):
-            graph.node.append(helper.make_node(op_type, [x, *names], [y], name=f"{tensor}_{kind}_{op_type}"))
+        if source in self._pixels:
+            image, axes, name = (
+                self._model.graph.input[0].name,
+                self._pixels[source],
+                f"{tensor}_{kind}_pixels",
+            )
+            graph.node.append(helper.make_node("Transpose", [image], [between], name=name, perm=axes))
+        else:
+            name = f"{tensor}_{kind}_QuantizeLinear"
+            graph.node.append(helper.make_node("QuantizeLinear", [source, *names], [between], name=name))
+        name = f"{tensor}_{kind}_DequantizeLinear"
+        graph.node.append(helper.make_node("DequantizeLinear", [between, *names], [target], name=name))
 
     def _constant(self, graph: onnx.GraphProto, name: str, values: Array, scale: Array, axis: int) -> str:
         """DequantizeLinear of a constant with a scale for each channel; the name of its result."""

@@ -205,12 +205,13 @@ def _agreement_table(report: QuantizationReport) -> Any:
         return Text("not verified")
     table = Table(title=f"against {report.checks[0].against}", title_justify="left")
     table.add_column("images")
-    for name in ("at a time", "error", "cosine", "same top-1", "verdict"):
+    for name in ("size", "at a time", "error", "cosine", "same top-1", "verdict"):
         table.add_column(name, justify="right")
     for row in report.checks:
         top1 = "" if row.agreement.top1 is None else f"{row.agreement.top1:.1%}"
         table.add_row(
             f"{row.images}, {'not' if row.held_out else 'also'} calibrated with",
+            "x".join(map(str, row.size)),
             str(row.batch),
             f"{row.agreement.error:.3g}",
             f"{row.agreement.cosine:.5f}",

@@ -45,6 +45,16 @@ class Pyramid(Attentive):
         return [x, F.max_pool2d(F.gelu(x), 2)]
 
 
+class Headed(Attentive):
+    """`Attentive` with timm's way to ask for what the classifier reads."""
+
+    def forward_features(self, x):
+        return self.forward_tokens(x)
+
+    def forward_head(self, x, pre_logits=False):
+        return x.mean(1) if pre_logits else self.head(x.mean(1))
+
+
 class Routed(nn.Module):
     """Routed attention over a grid of 4 x 4 regions."""
 
@@ -109,7 +119,8 @@ class FixedBatch(nn.Module):
 @pytest.fixture
 def make():
     """`make("Routed", topk=1)`: one of the modules above with seeded weights."""
-    classes = {cls.__name__: cls for cls in (Attentive, Pyramid, Routed, Windowed, WindowReverse, FixedBatch)}
+    modules = (Attentive, Pyramid, Headed, Routed, Windowed, WindowReverse, FixedBatch)
+    classes = {cls.__name__: cls for cls in modules}
 
     def build(name, **kwargs):
         torch.manual_seed(0)

@@ -244,7 +244,6 @@ def _quantisation(args: argparse.Namespace) -> dict[str, Any]:
     for option, asked in (
         (f"--dtype {args.dtype}", args.dtype != "float32"),
         ("--operators fused", args.operators != "standard"),
-        ("--preprocess", args.preprocess),
     ):
         if asked:
             raise UsageError(
