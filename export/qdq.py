@@ -38,7 +38,8 @@ class Layer:
     """A node that multiplies by constant weights.
 
     `name` is the node's, `module` the place in the model that its weights come from, as far as the file tells. `axis`
-    is that of output channels in the weight; `bias` is "" where the node adds none.
+    is that of output channels in the weight; `bias` is "" where the node adds none. `obstacle` says why it can't be in
+    8 bits, "" where it can.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Layer:
     weight: str
     bias: str
     axis: int
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,8 @@ class Range:
 
 
 def find_layers(model: onnx.ModelProto) -> list[Layer]:
-    """The layers of a graph, in its order; nodes without a name get one, in place.
-
-    Weights that two nodes share, or that are not plain matrices, are left out.
-    """
+    """The layers of a graph, in its order, those that can't be in 8 bits among them; nodes without a name get one, in
+    place."""
     import onnx
 
     graph = model.graph
@@ -85,24 +85,43 @@ def find_layers(model: onnx.ModelProto) -> list[Layer]:
             continue
         x, weight, bias = node.input[0], node.input[1], node.input[2] if len(node.input) > 2 else ""
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        shape = shapes.get(weight, ())
-        usable = len(shape) > 2 if node.op_type == "Conv" else len(shape) == 2
-        if not usable or x in shapes or readers[weight] > 1 or (bias and bias not in shapes):
+        if (x in shapes) == (weight in shapes):
             continue
-        if (
-            attributes.get("transA")
-            or attributes.get("alpha", 1.0) != 1.0
-            or attributes.get("beta", 1.0) != 1.0
-        ):
-            continue
+        obstacle = _obstacle(node.op_type, attributes, shapes, x, weight, bias, readers)
+        if x in shapes:
+            x, weight = weight, x
         if not node.name:
             node.name = next(n for n in (f"{node.op_type}_{i}", f"{node.op_type}_{i}_") if n not in taken)
         axis = 0 if node.op_type == "Conv" or attributes.get("transB") else 1
         named = next(
             (n for n in (weight, bias, adds.get(node.output[0], "")) if "." in n and n in shapes), ""
         )
-        layers.append(Layer(node.name, node.op_type, _module(named), x, node.output[0], weight, bias, axis))
+        module = _module(named)
+        layers.append(Layer(node.name, node.op_type, module, x, node.output[0], weight, bias, axis, obstacle))
     return layers
+
+
+def _obstacle(
+    op_type: str,
+    attributes: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    x: str,
+    weight: str,
+    bias: str,
+    readers: Mapping[str, int],
+) -> str:
+    """Why a layer can't be in 8 bits, "" if it can."""
+    if x in shapes:
+        return "weights on the left"
+    if not (len(shapes[weight]) > 2 if op_type == "Conv" else len(shapes[weight]) == 2):
+        return "weights of other dimensions"
+    if readers[weight] > 1:
+        return "weights shared"
+    if bias and bias not in shapes:
+        return "bias computed"
+    if attributes.get("transA") or any(attributes.get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return "product scaled or transposed"
+    return ""
 
 
 def _module(parameter: str) -> str:

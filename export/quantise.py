@@ -208,7 +208,7 @@ def quantize_onnx(
     except Exception as error:  # protobuf's errors have no public base
         raise ExportError(f"{source!r} is no ONNX file: {error}") from error
     meta = {entry.key: entry.value for entry in plain.metadata_props}
-    layers = _layers(plain)
+    found, layers = _layers(plain)
     wanted = image_input(_only_input(plain), meta)
     prepare = preprocessing_of(meta, preprocessing)
     _check_preprocessing(prepare, preprocessing_of(meta), wanted)
@@ -241,11 +241,12 @@ def quantize_onnx(
         "max_error": max_error,
         "min_top1": min_top1,
         "faster_only": faster_only,
+        "least_speedup": _LEAST_GAIN if faster_only else None,
     }
     search = _Search(quantiser, candidates, errors, images, expected)
     met = search.run(_AIM * max_error, min_top1, count)
     clock.lap("choose layers")
-    results = _results(layers, gains, errors, search.after)
+    results = _results(found, gains, errors, search.after)
     made = quantiser.apply(search.chosen)
     _describe(made, settings, results, search.result)
     content_made = made.SerializeToString(deterministic=True)
@@ -308,15 +309,19 @@ def _only_input(model: onnx.ModelProto) -> Any:
     return inputs[0]
 
 
-def _layers(model: onnx.ModelProto) -> list[Layer]:
+def _layers(model: onnx.ModelProto) -> tuple[list[Layer], list[Layer]]:
+    """All layers, and those that can be in 8 bits."""
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
         raise ExportError("the file is quantised already; start from the float32 file")
-    layers = find_layers(model)
+    found = find_layers(model)
+    layers = [layer for layer in found if not layer.obstacle]
     if not layers:
+        others = ", ".join(dict.fromkeys(layer.obstacle for layer in found))
         raise ExportError(
-            "the file has nothing to quantise: no Conv, MatMul or Gemm that multiplies by constant float32 weights"
+            f"the file has nothing to quantise: no Conv, MatMul or Gemm that multiplies by constant float32 weights"
+            f"{f' of its own ({others})' if others else ''}; stay with float32"
         )
-    return layers
+    return found, layers
 
 
 class _Search:
@@ -360,7 +365,7 @@ def _results(
     errors: Mapping[str, float],
     after: Mapping[str, float],
 ) -> tuple[LayerResult, ...]:
-    """All layers, the most sensitive first; those that were too slow to be looked at come last."""
+    """All layers, the most sensitive first; those that are no faster, or can't be in 8 bits, come last."""
     together, squares = {}, 0.0
     for name in sorted(errors, key=lambda name: errors[name]):
         squares += errors[name] ** 2
@@ -374,17 +379,21 @@ def _results(
             together=together.get(layer.name),
             after=after.get(layer.name),
             speedup=gains.get(layer.name),
-            verdict="float32: no faster"
-            if layer.name not in errors
-            else "float32: sensitive"
-            if layer.name in after
-            else "int8",
+            verdict=_verdict(layer, errors, after),
         )
         for layer in layers
     ]
     return tuple(
         sorted(made, key=lambda result: -1.0 if result.error is None else result.error, reverse=True)
     )
+
+
+def _verdict(layer: Layer, errors: Mapping[str, float], after: Mapping[str, float]) -> str:
+    if layer.obstacle:
+        return f"float32: {layer.obstacle}"
+    if layer.name not in errors:
+        return "float32: no faster"
+    return "float32: sensitive" if layer.name in after else "int8"
 
 
 def _describe(

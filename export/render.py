@@ -169,7 +169,11 @@ def quantization_table(report: QuantizationReport) -> Any:
         "activations", f"{settings['activations']}, {settings['calibration']} of {settings['images']} images"
     )
     verdicts = [layer.verdict.removeprefix("float32: ") for layer in excluded]
-    why = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+    more = {
+        "no faster": f" (less than {settings['least_speedup']}x)",
+        "sensitive": f" (to stay within {settings['max_error']:g})",
+    }
+    why = ", ".join(f"{verdicts.count(v)} {v}{more.get(v, '')}" for v in dict.fromkeys(verdicts))
     facts.add_row(
         "layers", f"{len(report.layers) - len(excluded)} in 8 bits{f'; in float32: {why}' if why else ''}"
     )

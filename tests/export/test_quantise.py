@@ -188,16 +188,29 @@ def test_between_two_convolutions_numbers_change_once():
     np.testing.assert_allclose(outputs(made, images)["z"], outputs(model, images)["z"], atol=0.05)
 
 
-def test_layers_that_share_weights_or_multiply_two_activations_are_none():
-    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+def test_layers_that_cannot_be_in_8_bits_say_why_and_products_of_activations_are_none():
+    weights = [numpy_helper.from_array(np.eye(4, dtype=np.float32), name) for name in ("w", "left", "scaled")]
+    weights.append(numpy_helper.from_array(np.ones((2, 4, 4), np.float32), "stack"))
+    weights.append(numpy_helper.from_array(np.eye(4, dtype=np.float32), "biased"))
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"]),
         helper.make_node("MatMul", ["a", "w"], ["b"]),
-        helper.make_node("MatMul", ["a", "b"], ["y"]),
+        helper.make_node("MatMul", ["a", "b"], ["c"]),
+        helper.make_node("MatMul", ["left", "c"], ["d"]),
+        helper.make_node("Gemm", ["d", "scaled"], ["e"], alpha=0.5),
+        helper.make_node("Gemm", ["e", "biased", "a"], ["f"]),
+        helper.make_node("MatMul", ["f", "stack"], ["y"]),
     ]
-    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in "xy"]
-    model = helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], [weight]))
-    assert find_layers(model) == []
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    model = helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], weights))
+    assert [(layer.name, layer.weight, layer.obstacle) for layer in find_layers(model)] == [
+        ("MatMul_0", "w", "weights shared"),
+        ("MatMul_1", "w", "weights shared"),
+        ("MatMul_3", "left", "weights on the left"),
+        ("Gemm_4", "scaled", "product scaled or transposed"),
+        ("Gemm_5", "biased", "bias computed"),
+        ("MatMul_6", "stack", "weights of other dimensions"),
+    ]
 
 
 # --- pixels and open sides ----------------------------------------------------------------------------------------------
@@ -314,6 +327,26 @@ def test_the_report_shows_layers_by_their_error_and_what_became_of_them(fragile,
     assert any("8, not calibrated with" in line for line in lines)
 
 
+def test_a_layer_that_cannot_be_in_8_bits_is_listed_with_the_reason(exported, photos, tmp_path):
+    from rich.console import Console
+
+    plain = onnx.load(exported[1])
+    (head,) = (node for node in plain.graph.node if node.op_type == "Gemm")
+    next(attribute for attribute in head.attribute if attribute.name == "alpha").f = 0.5
+    report = quantize_onnx(
+        plain.SerializeToString(), tmp_path / "int8.onnx", calibration=photos, faster_only=False
+    )
+    assert [(x.module, x.verdict) for x in report.excluded] == [
+        ("head", "float32: product scaled or transposed")
+    ]
+    entry = json.loads(report.metadata["quantization"])
+    assert entry["float32"] == {report.excluded[0].name: "product scaled or transposed"}
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(report.table())
+    assert "2 in 8 bits; in float32: 1 product scaled or transposed" in capture.get()
+
+
 def test_a_wide_tolerance_keeps_it_in_8_bits(fragile, photos, tmp_path):
     report = quantize_onnx(
         fragile[1], tmp_path / "int8.onnx", calibration=photos, faster_only=False, max_error=0.99
@@ -334,6 +367,7 @@ def test_layers_that_are_no_faster_stay_in_float32(exported, photos, tmp_path, m
         ("Conv", "float32: no faster", 0.9)
     ]
     assert report.excluded[0].error is None
+    assert report.settings["least_speedup"] == 1.1
     monkeypatch.setattr(
         module, "speedups", lambda model, layers, *_: dict.fromkeys((x.name for x in layers), 0.5)
     )
