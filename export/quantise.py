@@ -207,6 +207,11 @@ def quantize_onnx(
         plain = onnx.load_from_string(content)
     except Exception as error:  # protobuf's errors have no public base
         raise ExportError(f"{source!r} is no ONNX file: {error}") from error
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in plain.graph.initializer):
+        raise ExportError(
+            "the file's weights lie in a second file, and quantisation takes one: where they are less than 2 GiB, "
+            "onnx.save(onnx.load('model.onnx'), 'one.onnx') writes it"
+        )
     meta = {entry.key: entry.value for entry in plain.metadata_props}
     found, layers = _layers(plain)
     wanted = image_input(_only_input(plain), meta)

@@ -15,6 +15,7 @@ from torch import nn
 from vitrail.export import ExportError, Preprocessing, QuantizationError, quantize_onnx, to_onnx
 from vitrail.export import quantise as module
 from vitrail.export.calibration import METHODS, find_photos, find_ranges, preprocessing_of
+from vitrail.export.external import write_pair
 from vitrail.export.images import load_image, sample_photos
 from vitrail.export.qdq import Quantiser, Range, find_layers
 from vitrail.export.sensitivity import compare, outputs, speedups
@@ -454,11 +455,15 @@ def test_a_folder_without_images_with_too_few_or_with_a_broken_one_is_refused(ex
         quantize_onnx(exported[1], tmp_path / "x.onnx", calibration=folder)
 
 
-def test_files_that_cannot_be_quantised_say_why(quantised, photos, tmp_path):
+def test_files_that_cannot_be_quantised_say_why(quantised, fragile, photos, tmp_path):
     with pytest.raises(ExportError, match="is quantised already; start from the float32 file"):
         quantize_onnx(quantised[0], tmp_path / "x.onnx", calibration=photos)
     with pytest.raises(ExportError, match="is no ONNX file"):
         quantize_onnx(b"no file", tmp_path / "x.onnx", calibration=photos)
+    (tmp_path / "pair").mkdir()
+    write_pair(onnx.load(fragile[1]), tmp_path / "pair" / "m.onnx")
+    with pytest.raises(ExportError, match=r"weights lie in a second file.*onnx\.save\(onnx\.load"):
+        quantize_onnx(tmp_path / "pair" / "m.onnx", tmp_path / "x.onnx", calibration=photos)
     to_onnx(nn.AvgPool2d(2), tmp_path / "pool.onnx", img_size=32, verify=False)
     with pytest.raises(ExportError, match="has nothing to quantise: no Conv, MatMul or Gemm"):
         quantize_onnx(tmp_path / "pool.onnx", tmp_path / "x.onnx", calibration=photos)

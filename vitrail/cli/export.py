@@ -32,6 +32,7 @@ examples:
   vitrail export onnx biformer_tiny fused.onnx --operators fused    # our kernels in TensorRT, see docs/EXPORT.md
   vitrail export onnx biformer_tiny int8.onnx --checkpoint biformer_tiny.safetensors \\
       --quantize int8 --calibration photos/ --calibration-limit 256
+  vitrail export onnx biformer_tiny serve8.onnx --preprocess --quantize int8 --calibration photos/
 """
 
 _AXES = ("batch", "height", "width")
