@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .errors import ExportError
+from .files import WriteError, temporary_folder
 from .graph import module_of
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -133,6 +134,8 @@ class Builder:
         errors = "; ".join(_plain(error) for error in failed.get("errors", ())) or "it gives no reason"
         if kind == "os":
             return OSError(failed["errno"], failed["text"], failed["file"])
+        if kind == "write":
+            return WriteError(Path(failed["file"]), failed["size"], OSError(failed["errno"], failed["text"]))
         if kind == "library":
             again = f"pip install --force-reinstall {self.library.replace('_', '-')}"
             return ExportError(f"{self.library} is installed and can't be loaded ({failed['text']}): {again}")
@@ -226,9 +229,11 @@ def _surroundings(library: str, plugins: Sequence[str]) -> Iterator[dict[str, st
         if spec
         else []
     )
-    with tempfile.TemporaryDirectory(prefix="vitrail-") as folder:
+    with temporary_folder() as folder:
         if found and found[0].name != "libtensorrt_rtx.so":
-            Path(folder, "libtensorrt_rtx.so").symlink_to(found[0])
+            (folder / "libtensorrt_rtx.so").symlink_to(found[0])
             before = environment.get("LD_LIBRARY_PATH")
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join([folder, *([before] if before else [])])
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(
+                [os.fspath(folder), *([before] if before else [])]
+            )
         yield environment

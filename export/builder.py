@@ -68,8 +68,9 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     """Parse the ONNX file, build the engine, write it. Returns what there is to know of it.
 
     Raises:
-        Failed: the library can't be loaded, doesn't take the file or the request, or can't build it.
-        OSError: the engine can't be written.
+        Failed: the library can't be loaded, doesn't take the file or the request, or can't build it; or the engine
+            can't be written.
+        OSError: the timing cache can't be read.
     """
     trt = _library(request["library"])
     log = _log(trt)
@@ -91,10 +92,9 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     if plan is None:
         raise Failed("build", errors=log.errors)
-    with open(request["engine"], "wb") as file:
-        file.write(memoryview(plan))
+    write(request["engine"], memoryview(plan), request["target"])
     if cache is not None:
-        _write_aside(request["timing_cache"], bytes(cache.serialize()))
+        write(request["new_cache"], memoryview(cache.serialize()), request["new_cache"])
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     return {
         "seconds": seconds,
@@ -104,6 +104,20 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "lines": log.lines,
         "inspected": _inspected(trt, request, log, plan),
     }
+
+
+def write(path: str, data: memoryview, target: str) -> None:
+    """Write a file that is on its way to `target`.
+
+    Raises:
+        Failed: it can't be written.
+    """
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        facts = {"errno": error.errno, "text": error.strerror, "file": target}
+        raise Failed("write", size=data.nbytes, **facts) from error
 
 
 def _library(name: str) -> Any:
@@ -163,13 +177,6 @@ def _config(trt: Any, request: dict[str, Any], builder: Any) -> tuple[Any, Any]:
             profile.set_shape(name, *shapes)
         config.add_optimization_profile(profile)
     return config, cache
-
-
-def _write_aside(path: str, data: bytes) -> None:
-    scratch = f"{path}.{os.getpid()}.tmp"
-    with open(scratch, "wb") as file:
-        file.write(data)
-    os.replace(scratch, path)
 
 
 def _refused(error: Any) -> dict[str, Any]:

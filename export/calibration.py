@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from .errors import ExportError
+from .files import temporary_folder
 from .graph import TensorInfo
 from .images import Preprocessing, find_images, load_image
 from .metadata import entry_of
@@ -97,33 +97,50 @@ def preprocessing_of(
     return Preprocessing.of(nn.Identity(), {**stated, **(overrides or {})})
 
 
-def input_size(info: TensorInfo, meta: Mapping[str, str]) -> tuple[int, int, int]:
-    """Channels, height and width of the images to feed: the file's own, those of its metadata where it is open.
+@dataclass(frozen=True)
+class ImageInput:
+    """What a file takes: images of so many channels, height and width; `pixels`: uint8 (B, H, W, C), which it
+    normalises itself, else float32 (B, C, H, W)."""
+
+    channels: int
+    height: int
+    width: int
+    pixels: bool
+
+
+def image_input(info: TensorInfo, meta: Mapping[str, str]) -> ImageInput:
+    """What images to feed: of the file's own size, of that in its metadata where it is open.
 
     Raises:
-        ExportError: the input is no batch of float32 images.
+        ExportError: the input is no batch of images.
     """
-    if len(info.shape) != 4 or info.dtype != "float" or not isinstance(info.shape[1], int):
+    pixels = info.dtype == "uint8"
+    if len(info.shape) == 4:
+        channels, *sides = (info.shape[i] for i in ((3, 1, 2) if pixels else (1, 2, 3)))
+    if len(info.shape) != 4 or info.dtype not in ("float", "uint8") or not isinstance(channels, int):
         raise ExportError(
-            f"the file's input is {info}; quantisation feeds images and needs a float (batch, channels, height, width)"
+            f"the file's input is {info}; quantisation feeds images: float (batch, channels, height, width), or uint8 "
+            f"(batch, height, width, channels)"
         )
-    stated = json.loads(meta["input_size"]) if "input_size" in meta else [info.shape[1], 224, 224]
-    sides = [n if isinstance(n, int) else int(s) for n, s in zip(info.shape[2:], stated[1:], strict=True)]
-    return info.shape[1], sides[0], sides[1]
+    stated = json.loads(meta["input_size"]) if "input_size" in meta else [channels, 224, 224]
+    height, width = (n if isinstance(n, int) else int(s) for n, s in zip(sides, stated[1:], strict=True))
+    return ImageInput(channels, height, width, pixels)
 
 
-def load(paths: Collection[Path], prepare: Preprocessing, size: tuple[int, int, int], count: Count) -> Array:
-    """The images as the file wants them, float32 `(N, C, H, W)`.
+def load(paths: Collection[Path], prepare: Preprocessing, wanted: ImageInput, count: Count) -> Array:
+    """The images as the file wants them, in one array.
 
     Raises:
         ValueError: an image can't be read; the message names it.
     """
-    channels, *sides = size
     images = []
     for i, path in enumerate(paths):
         count(i, len(paths), f"reading {path.name}")
-        images.append(prepare(load_image(path), (sides[0], sides[1]), channels))
-    return torch.stack(images).numpy()
+        images.append(prepare.pixels(load_image(path), (wanted.height, wanted.width), wanted.channels))
+    stack = torch.stack(images)
+    if wanted.pixels:
+        return stack.permute(0, 2, 3, 1).contiguous().numpy()
+    return prepare.normalise(stack).numpy()
 
 
 def batches(images: Array, size: int) -> Iterator[tuple[Array, int]]:
@@ -144,7 +161,7 @@ def find_ranges(
     Args:
         model: the float32 graph.
         tensors: names of float32 tensors in it.
-        images: `(N, C, H, W)`.
+        images: as the graph takes them.
         method: one of `METHODS`.
         count: called before each image.
 
@@ -164,13 +181,13 @@ def find_ranges(
     }
     source = model.graph.input[0]
     fixed = source.type.tensor_type.shape.dim[0].dim_value or 1
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        file = Path(folder) / "model.onnx"
+    with temporary_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
+        file = folder / "model.onnx"
         onnx.save(model, file)
         # it would watch every tensor of every layer and its neighbours
         # 128 bins, its default, are as many as there are steps, and then there is nothing to choose
         more = {"num_bins": 512} if method == "entropy" else {}
-        calibrater = kinds[method](file, augmented_model_path=str(Path(folder) / "watched.onnx"), **more)
+        calibrater = kinds[method](file, augmented_model_path=str(folder / "watched.onnx"), **more)
         infos = {
             v.name: v for v in (*calibrater.model.graph.value_info, *calibrater.model.graph.output, source)
         }

@@ -4,84 +4,84 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
-import secrets
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from .files import explaining, keep_permissions, scratch_folder
 
 
 @contextlib.contextmanager
 def together(targets: Sequence[Path]) -> Iterator[list[Path]]:
-    """Scratch files beside `targets`, all of one folder, which take their places when the block has filled them.
+    """Files to fill, in a hidden folder beside `targets`, all of one folder; after the block they take their places.
 
     On any failure the old files are as they were and nothing is left beside them. A file system renames one file at a
-    time; what is to be renamed is therefore noted beforehand, in a hidden file, and a process that is killed between
-    two renames leaves that note: `finish` carries it out, and is called here, and by whatever reads the files.
+    time, but a folder with all that is in it: that takes the name `.NAME.commit`, after the first target, and from
+    then on the new files are the ones that count. A process that is killed before they have all moved out of it leaves
+    that folder: `finish` carries it out, and is called here, and by whatever reads the files.
 
     Raises:
-        FileNotFoundError: the block left one of the scratch files out.
-        OSError: a file can't be written or renamed.
+        FileNotFoundError: the block left one of the files out.
+        WriteError: an OSError; a file can't be written or renamed. What the block itself raises stays as it is.
     """
-    finish(targets[0])
-    token = secrets.token_hex(4)
-    scratch = [target.with_name(f".{target.name}.{token}.tmp") for target in targets]
-    try:
+    with contextlib.ExitStack() as stack:
+        with explaining(targets[0], None):
+            finish(targets[0])
+            folder = stack.enter_context(scratch_folder(targets[0]))
+        scratch = [folder / target.name for target in targets]
         yield scratch
+        if missing := [path.name for path in scratch if not path.exists()]:
+            raise FileNotFoundError(f"{missing[0]} was not written")
         for path, target in zip(scratch, targets, strict=True):
-            with contextlib.suppress(FileNotFoundError):  # a replaced file keeps its permissions
-                os.chmod(path, stat.S_IMODE(os.stat(target).st_mode))
-            _sync(path)
-            if target.is_dir():
-                raise IsADirectoryError(f"{target} is a directory by now; name another file")
-        note = _note(targets[0])
-        draft = scratch[0].with_name(f"{scratch[0].name}.note")
-        scratch.append(draft)
-        names = {path.name: target.name for path, target in zip(scratch, targets, strict=False)}
-        draft.write_text(json.dumps(names))
-        _sync(draft)
-        os.replace(draft, note)  # from here on the new files are the ones that count
-    except BaseException:
-        for path in scratch:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise
-    finish(targets[0])
+            with explaining(target, path.stat().st_size):
+                keep_permissions(target, path)
+                _sync(path)
+                if target.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with explaining(targets[0], sum(path.stat().st_size for path in scratch)):
+            _sync(folder)
+            _commit(folder, targets[0])
+            try:
+                finish(targets[0])
+            except KeyboardInterrupt:
+                finish(targets[0])  # they count already, and are some renames away
+                raise
 
 
-@contextlib.contextmanager
-def needing_room(remedy: str) -> Iterator[None]:
-    """Add to an error that speaks of a full disk what can be done about it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(
-            error.errno, f"{error.strerror}: make room there, or {remedy}", error.filename
-        ) from error
+def _commit(folder: Path, target: Path) -> None:
+    """Let the files in `folder` be the ones that count."""
+    while True:
+        try:
+            os.replace(folder, _committed(target))
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            finish(target)  # another process was quicker, and ended half-way
 
 
 def finish(target: Path) -> None:
-    """Carry out what a killed process had noted for the files that begin with `target`; nothing where it noted nothing.
+    """Carry out what a killed process had left to do for the files that begin with `target`, if it left anything.
 
     Raises:
-        OSError: a file can't be renamed; the note stays for another attempt.
+        OSError: a file can't be renamed; the rest stays for another attempt.
     """
-    note = _note(target)
+    folder = _committed(target)
     try:
-        names = json.loads(note.read_text())
+        names = sorted(os.listdir(folder))
     except FileNotFoundError:
         return
-    for scratch, final in names.items():
+    for name in names:
         with contextlib.suppress(FileNotFoundError):  # renamed already
-            os.replace(note.with_name(scratch), note.with_name(final))
-    _sync(note.parent)
-    note.unlink(missing_ok=True)
+            os.replace(folder / name, target.with_name(name))
+    _sync(target.parent)
+    with contextlib.suppress(
+        OSError
+    ):  # empty it does no harm; another process may have put its own in this place
+        folder.rmdir()
 
 
-def _note(target: Path) -> Path:
+def _committed(target: Path) -> Path:
     return target.with_name(f".{target.name}.commit")
 
 

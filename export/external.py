@@ -12,14 +12,12 @@ import contextlib
 import hashlib
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import explaining, keep_permissions
+from .files import explaining, keep_permissions, scratch_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -39,22 +37,18 @@ def is_large(model: onnx.ModelProto) -> bool:
 
 @contextmanager
 def scratch_pair(model: onnx.ModelProto, target: Path) -> Iterator[Path]:
-    """The pair that `model` becomes, in a hidden folder beside `target` that is gone afterwards.
+    """The pair that `model` becomes, in a `scratch_folder` of `target`.
 
     `model` has its weights outside from then on.
 
     Yields:
         the path of the `.onnx` in that folder.
     """
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    with explaining(target, 0):
-        folder.mkdir()
-    try:
+    with contextlib.ExitStack() as stack:
         with explaining(target, sum(len(tensor.raw_data) for tensor in model.graph.initializer)):
+            folder = stack.enter_context(scratch_folder(target))
             write_pair(model, folder / target.name)
         yield folder / target.name
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_pair(model: onnx.ModelProto, path: Path) -> Path:

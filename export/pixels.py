@@ -69,6 +69,27 @@ def take_pixels(model: onnx.ModelProto, prepare: Preprocessing) -> str:
     return "folded" if folded else "nodes"
 
 
+def pixels_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Tensors that hold the pixels of a uint8 input as they are, of whatever type, and how their axes are permuted."""
+    import onnx
+
+    image = model.graph.input[0]
+    if image.type.tensor_type.elem_type != onnx.TensorProto.UINT8:
+        return {}
+    found = {image.name: tuple(range(len(image.type.tensor_type.shape.dim)))}
+    for node in model.graph.node:
+        axes = found.get(node.input[0]) if node.input else None
+        if axes is None:
+            continue
+        given = {a.name: a for a in node.attribute}
+        if node.op_type == "Cast" and given["to"].i == onnx.TensorProto.FLOAT:
+            found[node.output[0]] = axes
+        elif node.op_type == "Transpose":
+            order = given["perm"].ints if "perm" in given else reversed(range(len(axes)))
+            found[node.output[0]] = tuple(axes[i] for i in order)
+    return found
+
+
 def _copy(dim: Any) -> Any:
     new = type(dim)()
     new.CopyFrom(dim)

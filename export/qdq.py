@@ -7,6 +7,8 @@ QGemm, which put out float32, and Conv into QLinearConv, whose result is 8 bits,
 
 The nodes are placed here and not by ONNX Runtime's own quantiser because that quantises a tensor for all of its
 readers: a residual that passes by a layer would lose precision with it, and so would a layer left in float32.
+
+A layer that reads the pixels of a uint8 input gets those: they are 8-bit numbers already.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ExportError
 from .graph import STANDARD_DOMAINS
+from .pixels import pixels_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +38,8 @@ class Layer:
     """A node that multiplies by constant weights.
 
     `name` is the node's, `module` the place in the model that its weights come from, as far as the file tells. `axis`
-    is that of output channels in the weight; `bias` is "" where the node adds none.
+    is that of output channels in the weight; `bias` is "" where the node adds none. `obstacle` says why it can't be in
+    8 bits, "" where it can.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Layer:
     weight: str
     bias: str
     axis: int
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,8 @@ class Range:
 
 
 def find_layers(model: onnx.ModelProto) -> list[Layer]:
-    """The layers of a graph, in its order; nodes without a name get one, in place.
-
-    Weights that two nodes share, or that are not plain matrices, are left out.
-    """
+    """The layers of a graph, in its order, those that can't be in 8 bits among them; nodes without a name get one, in
+    place."""
     import onnx
 
     graph = model.graph
@@ -82,24 +85,43 @@ def find_layers(model: onnx.ModelProto) -> list[Layer]:
             continue
         x, weight, bias = node.input[0], node.input[1], node.input[2] if len(node.input) > 2 else ""
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        shape = shapes.get(weight, ())
-        usable = len(shape) > 2 if node.op_type == "Conv" else len(shape) == 2
-        if not usable or x in shapes or readers[weight] > 1 or (bias and bias not in shapes):
+        if (x in shapes) == (weight in shapes):
             continue
-        if (
-            attributes.get("transA")
-            or attributes.get("alpha", 1.0) != 1.0
-            or attributes.get("beta", 1.0) != 1.0
-        ):
-            continue
+        obstacle = _obstacle(node.op_type, attributes, shapes, x, weight, bias, readers)
+        if x in shapes:
+            x, weight = weight, x
         if not node.name:
             node.name = next(n for n in (f"{node.op_type}_{i}", f"{node.op_type}_{i}_") if n not in taken)
         axis = 0 if node.op_type == "Conv" or attributes.get("transB") else 1
         named = next(
             (n for n in (weight, bias, adds.get(node.output[0], "")) if "." in n and n in shapes), ""
         )
-        layers.append(Layer(node.name, node.op_type, _module(named), x, node.output[0], weight, bias, axis))
+        module = _module(named)
+        layers.append(Layer(node.name, node.op_type, module, x, node.output[0], weight, bias, axis, obstacle))
     return layers
+
+
+def _obstacle(
+    op_type: str,
+    attributes: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    x: str,
+    weight: str,
+    bias: str,
+    readers: Mapping[str, int],
+) -> str:
+    """Why a layer can't be in 8 bits, "" if it can."""
+    if x in shapes:
+        return "weights on the left"
+    if not (len(shapes[weight]) > 2 if op_type == "Conv" else len(shapes[weight]) == 2):
+        return "weights of other dimensions"
+    if readers[weight] > 1:
+        return "weights shared"
+    if bias and bias not in shapes:
+        return "bias computed"
+    if attributes.get("transA") or any(attributes.get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return "product scaled or transposed"
+    return ""
 
 
 def _module(parameter: str) -> str:
@@ -128,7 +150,8 @@ class Quantiser:
         from onnx import numpy_helper
 
         self._model = model
-        self._ranges = ranges
+        self._pixels = pixels_of(model)
+        self._ranges = {**ranges, **dict.fromkeys(self._pixels, Range(0, LEVELS))}
         self._largest = 2 ** (weight_bits - 1) - 1
         needed = {name for layer in layers for name in (layer.weight, layer.bias)}
         self._values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name in needed}
@@ -176,10 +199,21 @@ class Quantiser:
                 made.graph.node.append(node)
             else:
                 self._place(made.graph, node, layer)
-        read = {name for node in made.graph.node for name in node.input} | {o.name for o in source.output}
+        read = self._drop_unread_pixels(made.graph)
         gone = {name for layer in chosen for name in (layer.weight, layer.bias)} - read
         made.graph.initializer.extend(t for t in source.initializer if t.name not in gone)
         return made
+
+    def _drop_unread_pixels(self, graph: onnx.GraphProto) -> set[str]:
+        """Remove what only changed the type of pixels that layers now read as they are; the names still read."""
+        read = Counter(name for node in graph.node for name in node.input)
+        read.update(output.name for output in graph.output)
+        for i in reversed(range(len(graph.node))):
+            node = graph.node[i]
+            if node.output[0] in self._pixels and not read[node.output[0]]:
+                read.subtract(node.input)
+                del graph.node[i]
+        return {name for name, readers in read.items() if readers}
 
     def _place(self, graph: onnx.GraphProto, node: onnx.NodeProto, layer: Layer) -> None:
         import numpy as np
@@ -217,8 +251,18 @@ class Quantiser:
         for name, value in zip(names, values, strict=True):
             graph.initializer.append(numpy_helper.from_array(np.array(value), name))
         between = f"{tensor}_{kind}_quantized"
-        for op_type, x, y in (("QuantizeLinear", source, between), ("DequantizeLinear", between, target)):
-            graph.node.append(helper.make_node(op_type, [x, *names], [y], name=f"{tensor}_{kind}_{op_type}"))
+        if source in self._pixels:
+            image, axes, name = (
+                self._model.graph.input[0].name,
+                self._pixels[source],
+                f"{tensor}_{kind}_pixels",
+            )
+            graph.node.append(helper.make_node("Transpose", [image], [between], name=name, perm=axes))
+        else:
+            name = f"{tensor}_{kind}_QuantizeLinear"
+            graph.node.append(helper.make_node("QuantizeLinear", [source, *names], [between], name=name))
+        name = f"{tensor}_{kind}_DequantizeLinear"
+        graph.node.append(helper.make_node("DequantizeLinear", [between, *names], [target], name=name))
 
     def _constant(self, graph: onnx.GraphProto, name: str, values: Array, scale: Array, axis: int) -> str:
         """DequantizeLinear of a constant with a scale for each channel; the name of its result."""

@@ -20,22 +20,25 @@ from torch import nn
 from .calibration import (
     METHODS,
     Count,
+    ImageInput,
     Photos,
     batches,
     find_photos,
     find_ranges,
-    input_size,
+    image_input,
     load,
     preprocessing_of,
 )
 from .capture import Outputs, evaluation, form_of, prepared
 from .clock import Clock
+from .compare import open_sizes
 from .errors import ExportError, QuantizationError
 from .files import check_target, write_atomically
 from .graph import GraphSummary, check, opset_of, summarize
 from .images import Preprocessing
 from .qdq import Layer, Quantiser, find_layers
 from .sensitivity import BATCH, Agreement, compare, outputs, own_errors, speedups
+from .subjects import OnnxSubject
 from .verify import BATCHES
 
 if TYPE_CHECKING:
@@ -78,13 +81,14 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class QuantizationCheck:
-    """The file compared on images, so many at a time.
+    """The file compared on images of a size (height, width), so many at a time.
 
     `against` is "torch" or "float32 file"; `failure` says what is wrong, "" if nothing.
     """
 
     against: str
     images: int
+    size: tuple[int, int]
     batch: int
     held_out: bool
     agreement: Agreement
@@ -92,8 +96,9 @@ class QuantizationCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        named = {name: getattr(self, name) for name in ("against", "images", "batch", "held_out", "failure")}
-        return {**named, **self.agreement.to_dict()}
+        names = ("against", "images", "batch", "held_out", "failure")
+        named = {name: getattr(self, name) for name in names}
+        return {**named, "size": list(self.size), **self.agreement.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,8 @@ def quantize_onnx(
     no file, and one that was there before is as it was.
 
     Args:
-        source: the float32 file, or its content, with one float32 input `(B, C, H, W)`.
+        source: the float32 file, or its content, with one input of images: float32 `(B, C, H, W)`, or uint8
+            `(B, H, W, C)` where the file normalises them itself.
         path: where to; ends with `.onnx`. An existing file is replaced, atomically.
         calibration: a folder of images (those in its folders, too), or files. They are prepared as the file's metadata
             says.
@@ -181,7 +187,7 @@ def quantize_onnx(
         probes: calibration images that each layer's own error is measured on.
         model: the module that the file is verified against; default: the float32 file itself.
         preprocessing: overrides of what the file's metadata says; see `Preprocessing`.
-        verify: compare the finished file on images at two batch sizes.
+        verify: compare the finished file on images at two batch sizes, and at a second size where that is open.
         progress: called with steps done, their number and a line of text.
 
     Raises:
@@ -201,12 +207,18 @@ def quantize_onnx(
         plain = onnx.load_from_string(content)
     except Exception as error:  # protobuf's errors have no public base
         raise ExportError(f"{source!r} is no ONNX file: {error}") from error
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in plain.graph.initializer):
+        raise ExportError(
+            "the file's weights lie in a second file, and quantisation takes one: where they are less than 2 GiB, "
+            "onnx.save(onnx.load('model.onnx'), 'one.onnx') writes it"
+        )
     meta = {entry.key: entry.value for entry in plain.metadata_props}
-    layers = _layers(plain)
-    size = input_size(_only_input(plain), meta)
+    found, layers = _layers(plain)
+    wanted = image_input(_only_input(plain), meta)
     prepare = preprocessing_of(meta, preprocessing)
+    _check_preprocessing(prepare, preprocessing_of(meta), wanted)
     clock = Clock()
-    images = load(photos.calibration, prepare, size, count)
+    images = load(photos.calibration, prepare, wanted, count)
     expected = outputs(plain, images)
     tensors = {layer.input for layer in layers} | {x.output for x in layers if x.op_type == "Conv"}
     ranges = find_ranges(plain, tensors, images, method, count)
@@ -234,11 +246,12 @@ def quantize_onnx(
         "max_error": max_error,
         "min_top1": min_top1,
         "faster_only": faster_only,
+        "least_speedup": _LEAST_GAIN if faster_only else None,
     }
     search = _Search(quantiser, candidates, errors, images, expected)
     met = search.run(_AIM * max_error, min_top1, count)
     clock.lap("choose layers")
-    results = _results(layers, gains, errors, search.after)
+    results = _results(found, gains, errors, search.after)
     made = quantiser.apply(search.chosen)
     _describe(made, settings, results, search.result)
     content_made = made.SerializeToString(deterministic=True)
@@ -260,7 +273,7 @@ def quantize_onnx(
         raise QuantizationError(_unmet(report), report)
     check(made, opset_of(plain))
     if verify:
-        checks = _verify(content_made, content, model, photos, prepare, size, max_error, min_top1, count)
+        checks = _verify(content_made, content, model, photos, prepare, wanted, max_error, min_top1, count)
         clock.lap("verify")
         report = replace(report, checks=checks)
         if not report.passed:
@@ -283,6 +296,16 @@ def _check_arguments(method: str, max_error: float, min_top1: float, weight_bits
         raise ValueError(f"probes must be at least 1, got {probes}")
 
 
+def _check_preprocessing(given: Preprocessing, stated: Preprocessing, wanted: ImageInput) -> None:
+    """Refuse a normalisation that is not the one in the file."""
+    for name in ("mean", "std"):
+        if wanted.pixels and getattr(given, name) != getattr(stated, name):
+            raise ValueError(
+                f"the file takes pixels and normalises them with a {name} of {getattr(stated, name)}, so preprocessing "
+                f"can't make it {getattr(given, name)}: leave {name} out, or export the file with it"
+            )
+
+
 def _only_input(model: onnx.ModelProto) -> Any:
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [info for info in summarize(model).inputs if info.name not in constants]
@@ -291,15 +314,19 @@ def _only_input(model: onnx.ModelProto) -> Any:
     return inputs[0]
 
 
-def _layers(model: onnx.ModelProto) -> list[Layer]:
+def _layers(model: onnx.ModelProto) -> tuple[list[Layer], list[Layer]]:
+    """All layers, and those that can be in 8 bits."""
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
         raise ExportError("the file is quantised already; start from the float32 file")
-    layers = find_layers(model)
+    found = find_layers(model)
+    layers = [layer for layer in found if not layer.obstacle]
     if not layers:
+        others = ", ".join(dict.fromkeys(layer.obstacle for layer in found))
         raise ExportError(
-            "the file has nothing to quantise: no Conv, MatMul or Gemm that multiplies by constant float32 weights"
+            f"the file has nothing to quantise: no Conv, MatMul or Gemm that multiplies by constant float32 weights"
+            f"{f' of its own ({others})' if others else ''}; stay with float32"
         )
-    return layers
+    return found, layers
 
 
 class _Search:
@@ -343,7 +370,7 @@ def _results(
     errors: Mapping[str, float],
     after: Mapping[str, float],
 ) -> tuple[LayerResult, ...]:
-    """All layers, the most sensitive first; those that were too slow to be looked at come last."""
+    """All layers, the most sensitive first; those that are no faster, or can't be in 8 bits, come last."""
     together, squares = {}, 0.0
     for name in sorted(errors, key=lambda name: errors[name]):
         squares += errors[name] ** 2
@@ -357,17 +384,21 @@ def _results(
             together=together.get(layer.name),
             after=after.get(layer.name),
             speedup=gains.get(layer.name),
-            verdict="float32: no faster"
-            if layer.name not in errors
-            else "float32: sensitive"
-            if layer.name in after
-            else "int8",
+            verdict=_verdict(layer, errors, after),
         )
         for layer in layers
     ]
     return tuple(
         sorted(made, key=lambda result: -1.0 if result.error is None else result.error, reverse=True)
     )
+
+
+def _verdict(layer: Layer, errors: Mapping[str, float], after: Mapping[str, float]) -> str:
+    if layer.obstacle:
+        return f"float32: {layer.obstacle}"
+    if layer.name not in errors:
+        return "float32: no faster"
+    return "float32: sensitive" if layer.name in after else "int8"
 
 
 def _describe(
@@ -394,9 +425,10 @@ def _unmet(report: QuantizationReport) -> str:
 
 def _failed(failed: QuantizationCheck) -> str:
     seen = "images that it was not calibrated with" if failed.held_out else "the calibration images"
+    size = " x ".join(map(str, failed.size))
     return (
-        f"on {failed.images} {seen}, {failed.batch} at a time, the file is too far from the {failed.against} model: "
-        f"{failed.failure}; calibrate with more images of the kind that the model sees, or allow more"
+        f"on {failed.images} {seen}, {size}, {failed.batch} at a time, the file is too far from the {failed.against} "
+        f"model: {failed.failure}; calibrate with more images of the kind that the model sees, or allow more"
     )
 
 
@@ -406,47 +438,47 @@ def _verify(
     model: nn.Module | None,
     photos: Photos,
     prepare: Preprocessing,
-    size: tuple[int, int, int],
+    wanted: ImageInput,
     max_error: float,
     min_top1: float,
     count: Count,
 ) -> tuple[QuantizationCheck, ...]:
-    """Compare the finished file on photos at two batch sizes, where its batch is open."""
-    images = load(photos.verification, prepare, size, count)
-    count(0, 1, "running the model in float32")
-    expected = outputs(plain, images) if model is None else _torch_outputs(model, images, plain)
-    fixed = _fixed_batch(content)
-    checks = []
-    for i, batch in enumerate(BATCHES if fixed is None else (fixed,)):
-        count(i, len(BATCHES), f"comparing the file in 8 bits, {batch} at a time")
-        found = compare(expected, outputs(content, images, batch))
-        failure = ""
-        if not found.error <= max_error:
-            failure = f"error {found.error:.3g} exceeds {max_error:g}"
-        elif not found.within(max_error, min_top1):
-            failure = f"{found.top1:.1%} keep their first class, fewer than {min_top1:.1%}"
-        against = "float32 file" if model is None else "torch"
-        checks.append(QuantizationCheck(against, len(images), batch, photos.held_out, found, failure))
+    """Compare the finished file on photos: at two batch sizes where its batch is open, at two sizes where these are."""
+    axes = OnnxSubject(content).axes
+    fixed = axes["batch"].fixed
+    tried = BATCHES if fixed is None else (fixed,)
+    against = "float32 file" if model is None else "torch"
+    checks: list[QuantizationCheck] = []
+    for size in open_sizes((axes["height"], axes["width"]), (wanted.height, wanted.width)):
+        images = load(photos.verification, prepare, replace(wanted, height=size[0], width=size[1]), count)
+        count(0, 1, "running the model in float32")
+        expected = outputs(plain, images) if model is None else _torch_outputs(model, images, plain, prepare)
+        for i, batch in enumerate(tried if not checks else tried[-1:]):
+            count(i, len(tried), f"comparing the file in 8 bits, {batch} at a time")
+            found = compare(expected, outputs(content, images, batch))
+            failure = ""
+            if not found.error <= max_error:
+                failure = f"error {found.error:.3g} exceeds {max_error:g}"
+            elif not found.within(max_error, min_top1):
+                failure = f"{found.top1:.1%} keep their first class, fewer than {min_top1:.1%}"
+            held_out = photos.held_out
+            checks.append(QuantizationCheck(against, len(images), size, batch, held_out, found, failure))
     return tuple(checks)
 
 
-def _fixed_batch(content: bytes) -> int | None:
-    import onnx
-
-    batch = _only_input(onnx.load_from_string(content)).shape[0]
-    return batch if isinstance(batch, int) else None
-
-
-def _torch_outputs(model: nn.Module, images: Array, plain: bytes) -> dict[str, Array]:
-    """What the module computes, under the file's names."""
+def _torch_outputs(model: nn.Module, images: Array, plain: bytes, prepare: Preprocessing) -> dict[str, Array]:
+    """What the module computes, under the file's names; of pixels after it has normalised them."""
     import numpy as np
     import onnx
+
+    def normalised(batch: torch.Tensor) -> torch.Tensor:
+        return prepare.normalise(batch.permute(0, 3, 1, 2)) if batch.dtype == torch.uint8 else batch
 
     names = [output.name for output in onnx.load_from_string(plain).graph.output]
     module = Outputs(prepared(model), form_of(names))
     with evaluation(module):
         found = [
-            [value.numpy()[:real] for value in module(torch.from_numpy(batch))]
+            [value.numpy()[:real] for value in module(normalised(torch.from_numpy(batch)))]
             for batch, real in batches(images, BATCH)
         ]
     if module.names != names:

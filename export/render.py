@@ -169,7 +169,11 @@ def quantization_table(report: QuantizationReport) -> Any:
         "activations", f"{settings['activations']}, {settings['calibration']} of {settings['images']} images"
     )
     verdicts = [layer.verdict.removeprefix("float32: ") for layer in excluded]
-    why = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+    more = {
+        "no faster": f" (less than {settings['least_speedup']}x)",
+        "sensitive": f" (to stay within {settings['max_error']:g})",
+    }
+    why = ", ".join(f"{verdicts.count(v)} {v}{more.get(v, '')}" for v in dict.fromkeys(verdicts))
     facts.add_row(
         "layers", f"{len(report.layers) - len(excluded)} in 8 bits{f'; in float32: {why}' if why else ''}"
     )
@@ -205,12 +209,13 @@ def _agreement_table(report: QuantizationReport) -> Any:
         return Text("not verified")
     table = Table(title=f"against {report.checks[0].against}", title_justify="left")
     table.add_column("images")
-    for name in ("at a time", "error", "cosine", "same top-1", "verdict"):
+    for name in ("size", "at a time", "error", "cosine", "same top-1", "verdict"):
         table.add_column(name, justify="right")
     for row in report.checks:
         top1 = "" if row.agreement.top1 is None else f"{row.agreement.top1:.1%}"
         table.add_row(
             f"{row.images}, {'not' if row.held_out else 'also'} calibrated with",
+            "x".join(map(str, row.size)),
             str(row.batch),
             f"{row.agreement.error:.3g}",
             f"{row.agreement.cosine:.5f}",

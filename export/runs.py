@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from .choices import HELD, Choice, choices_of, flipped, holding, showing
 from .emulate import emulated
 from .errors import ExportError
 from .external import is_large, write_pair
+from .files import temporary_folder
 from .functions import DOMAIN
 from .graph import TensorInfo, precision_of, summarize
 
@@ -174,8 +174,8 @@ def session_of(
         return open_session(source.SerializeToString(), kernels=kernels)
     copy = onnx.ModelProto()
     copy.CopyFrom(source)  # its weights go out of it
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with temporary_folder() as folder:
+        path = folder / "model.onnx"
         write_pair(copy, path)
         del copy
         return open_session(path, kernels=kernels)

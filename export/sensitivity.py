@@ -66,11 +66,11 @@ def compare(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> Agree
 
 
 def outputs(model: onnx.ModelProto | bytes, images: Array, size: int | None = None) -> dict[str, Array]:
-    """What a file makes of images `(N, C, H, W)`, on ONNX Runtime's CPU provider.
+    """What a file makes of images, on ONNX Runtime's CPU provider.
 
     Args:
         model: the file's content.
-        images: what it is given.
+        images: what it takes, `(N, C, H, W)` or pixels `(N, H, W, C)`.
         size: images at a time; default: as many as it takes, `BATCH` where that is open.
 
     Raises:
@@ -93,7 +93,7 @@ def outputs(model: onnx.ModelProto | bytes, images: Array, size: int | None = No
 
 
 def activations(model: onnx.ModelProto, names: Collection[str], image: Array) -> dict[str, Array]:
-    """Values of tensors of a graph for images `(N, C, H, W)`."""
+    """Values of tensors of a graph for images."""
     import onnx
 
     watched = onnx.ModelProto()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from .build_process import Builder, arch_text
-from .commit import needing_room, together
+from .commit import together
 from .engine import NOT_RUN, Engine, choose_library, verify_engine
 from .engine_report import EngineReport, kernels_of_inspector, kernels_of_log, memory_of_log
 from .engine_shapes import (
@@ -36,7 +35,7 @@ from .engine_shapes import (
     size_triple,
     triple,
 )
-from .files import check_target
+from .files import check_target, explaining, temporary_folder, write_atomically
 from .graph import precision_of, summarize, walk
 from .images import Preprocessing
 from .measure import TOLERANCES
@@ -128,7 +127,7 @@ def to_tensorrt(
     plugins = [os.fspath(Path(plugin).resolve(strict=True)) for plugin in plugins]
     builder = Builder(library)
     chosen = builder.architectures(archs)
-    with tempfile.TemporaryDirectory(prefix="vitrail-") as folder:
+    with temporary_folder() as folder:
         started = time.perf_counter()
         if isinstance(source, nn.Module):
             model = source if model is None else model
@@ -140,7 +139,7 @@ def to_tensorrt(
                 "seed": seed,
                 **(export or {}),
             }
-            proto = _exported(source, Path(folder), span, spread is not None, options, say)
+            proto = _exported(source, folder, span, spread is not None, options, say)
         elif export:
             raise ValueError(
                 "export holds arguments of to_onnx, and the source is a file already: leave it out"
@@ -152,24 +151,27 @@ def to_tensorrt(
         proto = _converted(proto, dtype, say)
         fix_shape(proto, info, profile)
         notes = traps(proto, open_batch=profile[0][0] != profile[-1][0])
-        with needing_room("name another folder for temporary files by TMPDIR"):
-            onnx_file = save(proto, Path(folder) / "prepared.onnx")
+        onnx_file, new_cache = save(proto, folder / "prepared.onnx"), folder / "cache"
         prepared = time.perf_counter() - started
         files = [target, target.with_name(f"{target.name}.json")]
-        with needing_room("write elsewhere"), together(files) as (engine, beside):
+        with together(files) as (engine, beside):
             say(f"building the engine with {builder.name}")
             answer = builder.build(
                 _names_by_type(proto),
                 onnx=os.fspath(onnx_file),
                 engine=os.fspath(engine),
+                target=os.fspath(target),
                 profile={info.name: profile} if profile[0] != profile[-1] else {},
                 archs=chosen,
                 workspace=workspace or 0,
                 timing_cache=os.path.abspath(timing_cache) if timing_cache is not None else "",
+                new_cache=os.fspath(new_cache),
                 threads=threads or _cores(),
                 tf32=tf32,
                 plugins=plugins,
             )
+            if timing_cache is not None:
+                write_atomically(Path(os.path.realpath(timing_cache)), new_cache.read_bytes())
             report = EngineReport(
                 path=os.fspath(path),
                 library=builder.name,
@@ -190,7 +192,9 @@ def to_tensorrt(
             else:
                 report = replace(report, notes=(*report.notes, NOT_RUN))
             say("writing the engine and its report")
-            beside.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False))
+            text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
+            with explaining(files[1], len(text)):
+                beside.write_text(text)
     return report
 
 

@@ -8,6 +8,10 @@ from torch import nn
 from vitrail.export import to_onnx
 from vitrail.ops import region_route, routed_attention, window_attention
 
+from ..translations import remember_translations
+
+remember_translations()
+
 
 class Attentive(nn.Module):
     """A convolution, LayerNorm, attention, GELU and a classifier: what vision transformers are made of."""
@@ -39,6 +43,16 @@ class Pyramid(Attentive):
         assert output_fmt == "NCHW"
         x = self.stem(x)
         return [x, F.max_pool2d(F.gelu(x), 2)]
+
+
+class Headed(Attentive):
+    """`Attentive` with timm's way to ask for what the classifier reads."""
+
+    def forward_features(self, x):
+        return self.forward_tokens(x)
+
+    def forward_head(self, x, pre_logits=False):
+        return x.mean(1) if pre_logits else self.head(x.mean(1))
 
 
 class Routed(nn.Module):
@@ -105,7 +119,8 @@ class FixedBatch(nn.Module):
 @pytest.fixture
 def make():
     """`make("Routed", topk=1)`: one of the modules above with seeded weights."""
-    classes = {cls.__name__: cls for cls in (Attentive, Pyramid, Routed, Windowed, WindowReverse, FixedBatch)}
+    modules = (Attentive, Pyramid, Headed, Routed, Windowed, WindowReverse, FixedBatch)
+    classes = {cls.__name__: cls for cls in modules}
 
     def build(name, **kwargs):
         torch.manual_seed(0)

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import signal
@@ -8,6 +7,7 @@ import sys
 import pytest
 
 from vitrail.export.commit import finish, together
+from vitrail.export.files import write_atomically
 
 OLD = {"m.engine": b"old engine", "m.engine.json": b"old report"}
 NEW = {"m.engine": b"new engine", "m.engine.json": b"new report"}
@@ -106,8 +106,8 @@ def killed(tmp_path_factory):
     """Kill a process at its n-th call of a function of `os`, without the imports of the whole package."""
     package = tmp_path_factory.mktemp("package") / "vitrail" / "export"
     package.mkdir(parents=True)
-    source = finish.__code__.co_filename
-    shutil.copy(source, package)
+    for function in (finish, write_atomically):
+        shutil.copy(function.__code__.co_filename, package)
 
     def run(step, at, folder):
         command = [sys.executable, "-c", KILLED, step, str(at), str(folder)]
@@ -130,17 +130,36 @@ def killed(tmp_path_factory):
     ],
 )
 def test_a_process_killed_at_any_step_leaves_the_old_files_or_the_new_ones(folder, killed, step, at, outcome):
-    before = {name: data for name, data in content(folder).items() if name in NEW}
+    before = content(folder)
     assert killed(step, at, folder) == -signal.SIGKILL
     finish(folder / "m.engine")
-    visible = {name: data for name, data in content(folder).items() if not name.startswith(".")}
-    assert visible == (NEW if outcome == "new" else before)
+    left = [path for path in folder.iterdir() if path.is_dir()]
+    assert len(left) == (outcome == "old")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path not in left} == (
+        NEW if outcome == "new" else before
+    )
     write(folder, OLD)
-    assert {name: data for name, data in content(folder).items() if not name.startswith(".")} == OLD
+    assert content(folder) == OLD
 
 
-def test_a_note_that_was_carried_out_but_not_removed_does_no_harm(tmp_path):
+def test_a_folder_that_was_carried_out_but_not_removed_does_no_harm(tmp_path):
+    (tmp_path / ".m.engine.commit").mkdir()
     write(tmp_path)
-    (tmp_path / ".m.engine.commit").write_text(json.dumps({".m.engine.0.tmp": "m.engine"}))
-    finish(tmp_path / "m.engine")
+    assert content(tmp_path) == NEW
+
+
+def test_what_another_process_commits_meanwhile_is_carried_out_first(tmp_path, monkeypatch):
+    real = os.replace
+
+    def late(source, target):
+        """Another one is killed half-way, just before this one commits."""
+        monkeypatch.setattr(os, "replace", real)
+        other = tmp_path / ".m.engine.commit"
+        other.mkdir()
+        for name, data in OLD.items():
+            (other / name).write_bytes(data)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    write(tmp_path)
     assert content(tmp_path) == NEW

@@ -2,9 +2,6 @@
 
 import os
 import re
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -136,31 +133,6 @@ def test_a_pair_that_fails_its_verification_leaves_the_old_one(low_limit, tmp_pa
     with pytest.raises(VerificationError):
         export(tmp_path, rtol=0, atol=0)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-KILLED = """
-import os, runpy, signal, sys
-from pathlib import Path
-
-real = os.replace
-def replace(source, target):
-    if str(target).endswith(".onnx"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(source, target)
-os.replace = replace
-runpy.run_path(sys.argv[1])["publish"](Path(sys.argv[2]), 2)
-"""
-
-
-def test_a_process_killed_between_the_two_files_leaves_the_old_pair_working(tmp_path):
-    publish(tmp_path / "m.onnx", 1)
-    done = subprocess.run([sys.executable, "-c", KILLED, __file__, tmp_path / "m.onnx"], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.glob("m.*.onnx.data"))) == 2
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    assert set(session.run(None, {})[0].tolist()) == {1}
-    publish(tmp_path / "m.onnx", 3)  # the next one sweeps up
-    assert len(list(tmp_path.glob("m.*.onnx.data"))) == 1
 
 
 @pytest.mark.slow

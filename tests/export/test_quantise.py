@@ -15,6 +15,7 @@ from torch import nn
 from vitrail.export import ExportError, Preprocessing, QuantizationError, quantize_onnx, to_onnx
 from vitrail.export import quantise as module
 from vitrail.export.calibration import METHODS, find_photos, find_ranges, preprocessing_of
+from vitrail.export.external import write_pair
 from vitrail.export.images import load_image, sample_photos
 from vitrail.export.qdq import Quantiser, Range, find_layers
 from vitrail.export.sensitivity import compare, outputs, speedups
@@ -140,15 +141,20 @@ def test_a_fixed_batch_stays_one(make, photos, tmp_path):
     assert report.passed
 
 
-def test_feature_pyramids_are_verified_output_by_output(make, photos, tmp_path):
-    model = make("Pyramid")
-    to_onnx(model, tmp_path / "features.onnx", img_size=32, form="features", verify=False)
+@pytest.mark.parametrize(
+    ("name", "form", "names"),
+    [("Pyramid", "features", ["stage0", "stage1"]), ("Headed", "pre_logits", ["pre_logits"])],
+)
+def test_other_forms_are_verified_output_by_output(make, photos, tmp_path, name, form, names):
+    model = make(name)
+    to_onnx(model, tmp_path / "m.onnx", img_size=32, form=form, preprocess=True, verify=False)
     report = quantize_onnx(
-        tmp_path / "features.onnx", tmp_path / "int8.onnx", calibration=photos, model=model, faster_only=False
+        tmp_path / "m.onnx", tmp_path / "int8.onnx", calibration=photos, model=model, faster_only=False
     )
     assert report.passed
     assert report.result.top1 is None
-    assert [output.name for output in report.graph.outputs] == ["stage0", "stage1"]
+    assert [output.name for output in report.graph.outputs] == names
+    assert str(report.graph.inputs[0]) == "input uint8 (batch, 32, 32, 3)"
 
 
 def test_other_readers_of_a_tensor_keep_it_in_float32():
@@ -183,16 +189,106 @@ def test_between_two_convolutions_numbers_change_once():
     np.testing.assert_allclose(outputs(made, images)["z"], outputs(model, images)["z"], atol=0.05)
 
 
-def test_layers_that_share_weights_or_multiply_two_activations_are_none():
-    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+def test_layers_that_cannot_be_in_8_bits_say_why_and_products_of_activations_are_none():
+    weights = [numpy_helper.from_array(np.eye(4, dtype=np.float32), name) for name in ("w", "left", "scaled")]
+    weights.append(numpy_helper.from_array(np.ones((2, 4, 4), np.float32), "stack"))
+    weights.append(numpy_helper.from_array(np.eye(4, dtype=np.float32), "biased"))
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"]),
         helper.make_node("MatMul", ["a", "w"], ["b"]),
-        helper.make_node("MatMul", ["a", "b"], ["y"]),
+        helper.make_node("MatMul", ["a", "b"], ["c"]),
+        helper.make_node("MatMul", ["left", "c"], ["d"]),
+        helper.make_node("Gemm", ["d", "scaled"], ["e"], alpha=0.5),
+        helper.make_node("Gemm", ["e", "biased", "a"], ["f"]),
+        helper.make_node("MatMul", ["f", "stack"], ["y"]),
     ]
-    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in "xy"]
-    model = helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], [weight]))
-    assert find_layers(model) == []
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    model = helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], weights))
+    assert [(layer.name, layer.weight, layer.obstacle) for layer in find_layers(model)] == [
+        ("MatMul_0", "w", "weights shared"),
+        ("MatMul_1", "w", "weights shared"),
+        ("MatMul_3", "left", "weights on the left"),
+        ("Gemm_4", "scaled", "product scaled or transposed"),
+        ("Gemm_5", "biased", "bias computed"),
+        ("MatMul_6", "stack", "weights of other dimensions"),
+    ]
+
+
+# --- pixels and open sides ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pixels(exported, tmp_path_factory):
+    """The file of `exported` that takes pixels, its normalisation in the first convolution."""
+    path = tmp_path_factory.mktemp("pixels") / "model.onnx"
+    to_onnx(exported[0], path, img_size=32, preprocess=True, verify=False)
+    return path
+
+
+def test_pixels_go_into_a_convolution_that_normalises_them_as_the_8_bits_they_are(
+    exported, pixels, photos, tmp_path
+):
+    path = tmp_path / "int8.onnx"
+    report = quantize_onnx(pixels, path, calibration=photos, limit=12, model=exported[0], faster_only=False)
+    assert report.passed
+    assert [(check.batch, check.against) for check in report.checks] == [(1, "torch"), (3, "torch")]
+    graph = onnx.load(path).graph
+    first, read, *_ = graph.node
+    assert (first.op_type, first.input[0], read.op_type) == ("Transpose", "input", "DequantizeLinear")
+    values = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    assert [values[name] for name in read.input[1:]] == [1, 0]
+    found = optimised(path, tmp_path)
+    assert found[0] == "QLinearConv"  # ONNX Runtime's reads them as they lie, without the Transpose
+    assert "Cast" not in found
+
+
+def test_pixels_that_something_else_reads_too_stay_there_for_it():
+    weight = numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), "w")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["f"], ["t"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["t", "w"], ["y"], "layer"),
+        helper.make_node("ReduceMax", ["t"], ["z"]),
+    ]
+    info = [helper.make_tensor_value_info("x", TensorProto.UINT8, ["b", 4, 4, 3])]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "yz"]
+    graph = helper.make_graph(nodes, "g", info, results, [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    layers = find_layers(model)
+    made = Quantiser(model, layers, {"t": Range(3, 7), "y": Range(0, 765)}).apply(layers)
+    assert [n.op_type for n in made.graph.node].count("Cast") == 1
+    images = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 3), dtype=np.uint8)
+    got, expected = outputs(made, images), outputs(model, images)
+    assert got["z"] == expected["z"]
+    np.testing.assert_allclose(got["y"], expected["y"], atol=1.6)
+
+
+def test_open_sides_are_verified_at_a_second_size_and_padded_stems_normalise_in_nodes(photos, tmp_path):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 4, 2, 1), nn.GELU(), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(*layers).eval()
+    axes = ("batch", "height", "width")
+    to_onnx(model, tmp_path / "m.onnx", img_size=32, dynamic=axes, preprocess=True, verify=False)
+    report = quantize_onnx(
+        tmp_path / "m.onnx", tmp_path / "int8.onnx", calibration=photos, model=model, faster_only=False
+    )
+    assert report.passed
+    assert [(check.size, check.batch) for check in report.checks] == [
+        ((32, 32), 1),
+        ((32, 32), 3),
+        ((69, 19), 3),
+    ]
+    operators = {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
+    assert {"Cast", "Mul", "Add", "QuantizeLinear"} <= operators
+
+
+def test_pixels_are_not_normalised_in_another_way_than_the_file_does(pixels, photos, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"normalises them with a mean of \(0\.485, .*leave mean out, or export"
+    ):
+        quantize_onnx(
+            pixels, tmp_path / "x.onnx", calibration=photos, preprocessing={"mean": (0.5, 0.5, 0.5)}
+        )
 
 
 # --- what is left in float32 ------------------------------------------------------------------------------------------
@@ -232,6 +328,26 @@ def test_the_report_shows_layers_by_their_error_and_what_became_of_them(fragile,
     assert any("8, not calibrated with" in line for line in lines)
 
 
+def test_a_layer_that_cannot_be_in_8_bits_is_listed_with_the_reason(exported, photos, tmp_path):
+    from rich.console import Console
+
+    plain = onnx.load(exported[1])
+    (head,) = (node for node in plain.graph.node if node.op_type == "Gemm")
+    next(attribute for attribute in head.attribute if attribute.name == "alpha").f = 0.5
+    report = quantize_onnx(
+        plain.SerializeToString(), tmp_path / "int8.onnx", calibration=photos, faster_only=False
+    )
+    assert [(x.module, x.verdict) for x in report.excluded] == [
+        ("head", "float32: product scaled or transposed")
+    ]
+    entry = json.loads(report.metadata["quantization"])
+    assert entry["float32"] == {report.excluded[0].name: "product scaled or transposed"}
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(report.table())
+    assert "2 in 8 bits; in float32: 1 product scaled or transposed" in capture.get()
+
+
 def test_a_wide_tolerance_keeps_it_in_8_bits(fragile, photos, tmp_path):
     report = quantize_onnx(
         fragile[1], tmp_path / "int8.onnx", calibration=photos, faster_only=False, max_error=0.99
@@ -252,6 +368,7 @@ def test_layers_that_are_no_faster_stay_in_float32(exported, photos, tmp_path, m
         ("Conv", "float32: no faster", 0.9)
     ]
     assert report.excluded[0].error is None
+    assert report.settings["least_speedup"] == 1.1
     monkeypatch.setattr(
         module, "speedups", lambda model, layers, *_: dict.fromkeys((x.name for x in layers), 0.5)
     )
@@ -338,11 +455,15 @@ def test_a_folder_without_images_with_too_few_or_with_a_broken_one_is_refused(ex
         quantize_onnx(exported[1], tmp_path / "x.onnx", calibration=folder)
 
 
-def test_files_that_cannot_be_quantised_say_why(quantised, photos, tmp_path):
+def test_files_that_cannot_be_quantised_say_why(quantised, fragile, photos, tmp_path):
     with pytest.raises(ExportError, match="is quantised already; start from the float32 file"):
         quantize_onnx(quantised[0], tmp_path / "x.onnx", calibration=photos)
     with pytest.raises(ExportError, match="is no ONNX file"):
         quantize_onnx(b"no file", tmp_path / "x.onnx", calibration=photos)
+    (tmp_path / "pair").mkdir()
+    write_pair(onnx.load(fragile[1]), tmp_path / "pair" / "m.onnx")
+    with pytest.raises(ExportError, match=r"weights lie in a second file.*onnx\.save\(onnx\.load"):
+        quantize_onnx(tmp_path / "pair" / "m.onnx", tmp_path / "x.onnx", calibration=photos)
     to_onnx(nn.AvgPool2d(2), tmp_path / "pool.onnx", img_size=32, verify=False)
     with pytest.raises(ExportError, match="has nothing to quantise: no Conv, MatMul or Gemm"):
         quantize_onnx(tmp_path / "pool.onnx", tmp_path / "x.onnx", calibration=photos)

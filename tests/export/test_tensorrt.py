@@ -2,12 +2,8 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import onnx
@@ -316,35 +312,6 @@ def test_memory_that_runs_out_inside_tensorrt_is_said_to_be_that(small, tmp_path
     assert left(tmp_path) == []
 
 
-def test_a_full_disk_leaves_the_old_engine_and_its_report(small, tmp_path):
-    target = tmp_path / "m.engine"
-    to_tensorrt(small, target, archs=["sm_89"])
-    before = target.read_bytes(), (tmp_path / "m.engine.json").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large: make room there, or write elsewhere"):
-            to_tensorrt(small, target, archs=["sm_89"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-    assert (target.read_bytes(), (tmp_path / "m.engine.json").read_bytes()) == before
-    assert left(tmp_path) == ["m.engine", "m.engine.json"]
-
-
-def test_no_room_for_temporary_files_is_said_to_be_that(small, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device", "/tmp/prepared.onnx")
-
-    monkeypatch.setattr("vitrail.export.tensorrt.save", full)
-    with pytest.raises(
-        OSError, match="make room there, or name another folder for temporary files by TMPDIR"
-    ):
-        to_tensorrt(small, tmp_path / "m.engine")
-    assert left(tmp_path) == []
-
-
 def test_a_library_that_cannot_be_loaded_is_said_to_be_broken(tmp_path, monkeypatch):
     (tmp_path / "tensorrt_rtx.py").write_text(
         "raise OSError('libtensorrt_rtx.so.1: cannot open shared object file')"
@@ -384,38 +351,6 @@ def test_the_full_tensorrt_is_driven_by_the_same_calls(exported, tmp_path, monke
     assert report.ran
     assert (tmp_path / "cache").stat().st_size > 0
     assert left(tmp_path) == ["cache", "m.engine", "m.engine.json", "modules"]
-
-
-INTERRUPTED = """
-import sys
-from vitrail.export import to_tensorrt
-print("ready", flush=True)
-to_tensorrt(sys.argv[1], sys.argv[2], progress=lambda text: print(text, flush=True))
-"""
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_build_leaves_nothing_and_no_process(small, tmp_path, sent):
-    command = [sys.executable, "-c", INTERRUPTED, small, str(tmp_path / "m.engine")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("building"):
-                break
-        children = []
-        while not children and process.poll() is None:
-            time.sleep(0.02)
-            command = ["pgrep", "-P", str(process.pid)]
-            children = subprocess.run(command, capture_output=True, text=True).stdout.split()
-        assert len(children) == 1
-        process.send_signal(sent)
-        assert process.wait(60) != 0
-    gone = time.monotonic() + 30
-    while os.path.exists(f"/proc/{children[0]}") and time.monotonic() < gone:
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{children[0]}")
-    # nobody can clean up after SIGKILL, but what it leaves is hidden and is no engine
-    beside = [n for n in left(tmp_path) if sent != signal.SIGKILL or not n.startswith(".m.engine.")]
-    assert beside == []
 
 
 # --- with a GPU, for which a stand-in serves --------------------------------------------------------------------------

@@ -10,6 +10,10 @@ import pytest
 
 import vitrail.cli
 
+from ..translations import remember_translations
+
+remember_translations()
+
 
 class Result(NamedTuple):
     code: int

@@ -111,6 +111,14 @@ def test_the_version_is_the_packages(cli):
             "the folder . holds no image",
         ),
         (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int8", "--dtype", "float16"],
+            "--quantize starts from a file in float32 of standard operators: leave out --dtype float16",
+        ),
+        (
+            ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int8", "--operators", "fused"],
+            "--quantize starts from a file in float32 of standard operators: leave out --operators fused",
+        ),
+        (
             ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int4"],
             "argument --quantize: invalid choice: 'int4'",
         ),
@@ -456,10 +464,11 @@ def test_an_export_in_8_bits_is_verified_and_says_where_its_error_comes_from(cli
 
     file = tmp_path / "int8.onnx"
     argv = ["export", "onnx", "test_vit", file, "--quantize", "int8", "--calibration", photos, "--int8-all"]
-    result = cli(*argv, "--json")
+    result = cli(*argv, "--preprocess", "--json")
     assert result.code == 0, result.err
     document = result.document
     assert document["ok"] is True
+    assert document["graph"]["inputs"][0]["dtype"] == "uint8"
     assert [check["batch"] for check in document["checks"]] == [1, 3]
     assert {check["against"] for check in document["checks"]} == {"torch"}
     assert document["float32"]["verification"]["passed"] is True

@@ -1,7 +1,6 @@
 """`vitrail export`: a model as a verified ONNX file, and as what is made of it."""
 
 import argparse
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ examples:
   vitrail export onnx biformer_tiny fused.onnx --operators fused    # our kernels in TensorRT, see docs/EXPORT.md
   vitrail export onnx biformer_tiny int8.onnx --checkpoint biformer_tiny.safetensors \\
       --quantize int8 --calibration photos/ --calibration-limit 256
+  vitrail export onnx biformer_tiny serve8.onnx --preprocess --quantize int8 --calibration photos/
 """
 
 _AXES = ("batch", "height", "width")
@@ -245,7 +245,6 @@ def _quantisation(args: argparse.Namespace) -> dict[str, Any]:
     for option, asked in (
         (f"--dtype {args.dtype}", args.dtype != "float32"),
         ("--operators fused", args.operators != "standard"),
-        ("--preprocess", args.preprocess),
     ):
         if asked:
             raise UsageError(
@@ -286,6 +285,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         quantize_onnx,
         to_onnx,
     )
+    from ..export.files import temporary_folder
     from ..export.images import find_images, load_image
     from ..zoo.inference import standard_form
     from ..zoo.weights import CheckpointError
@@ -303,8 +303,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     torch.manual_seed(args.seed)
     quantised = None
     try:
-        with terminal.steps() as steps, tempfile.TemporaryDirectory() as scratch:
-            written = Path(scratch) / "float32.onnx" if quantisation else Path(args.output)
+        with terminal.steps() as steps, temporary_folder() as scratch:
+            written = scratch / "float32.onnx" if quantisation else Path(args.output)
             steps.begin(f"creating {args.model}")
             model = create_model(args.model, args.img_size, args.num_classes, args.checkpoint)
             _check_model(model, args)
