@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "EXPORT.md"
 RECORD = ROOT / "docs" / "support.json"
 
+NOT_TRIED = "\N{EN DASH}"
 DTYPES = ("float32", "float16", "bfloat16")
+OPEN = {"fixed": "nothing, or batch", "batch": "nothing, or batch", "sides": "batch, height, width"}
 RUNTIME = {
     "standard": [f"onnx-{dtype}" for dtype in DTYPES],
     "fused": [f"fused-{dtype}" for dtype in DTYPES],
@@ -50,7 +52,7 @@ def _refusal(number: int, reason: str, models: list[str]) -> str:
 def _table(
     models: dict[str, dict[str, str]], columns: dict[str, list[str]], refused: dict[str, list[str]]
 ) -> str:
-    """Two rows for each model: with nothing or the batch open, of which the worse counts, and with the sides."""
+    """Rows of a model: with nothing or the batch open, of which the worse counts, and with the sides."""
     cells = [cell for group in columns.values() for cell in group]
     headers = [
         "model",
@@ -59,13 +61,16 @@ def _table(
     ]
     rows = []
     for name, outcomes in models.items():
-        small = [
-            _cell(name, [outcomes[f"{axes}-{cell}"] for axes in ("fixed", "batch")], refused)
-            for cell in cells
-        ]
-        sides = [_cell(name, [outcomes[f"sides-{cell}"]], refused) for cell in cells]
-        rows.append([f"`{name}`", "nothing, or batch", *small])
-        rows.append(["", "height and width, too", *sides])
+        tried = [axes for axes in OPEN if f"{axes}-{cells[0]}" in outcomes]
+        for text in dict.fromkeys(OPEN[axes] for axes in tried):
+            same = [axes for axes in tried if OPEN[axes] == text]
+            row = [
+                _cell(
+                    name, [outcomes[key] for axes in same if (key := f"{axes}-{cell}") in outcomes], refused
+                )
+                for cell in cells
+            ]
+            rows.append([f"`{name}`", text if len(same) > 1 or text == OPEN["sides"] else "batch", *row])
     return table(headers, rows, 2)
 
 
@@ -75,6 +80,8 @@ def _dtype(cell: str) -> str:
 
 def _cell(name: str, outcomes: list[str], refused: dict[str, list[str]]) -> str:
     """The largest error, `built`, or the number of a reason; several where they differ."""
+    if not outcomes:
+        return NOT_TRIED
     states = [outcome.partition(" ")[::2] for outcome in outcomes]
     if all(state == "verified" for state, _ in states):
         return _error(max(float(rest) for _, rest in states))

@@ -69,11 +69,12 @@ def main() -> int:
             photos = write_cuttings(Path(folder) / "photos", 48 if name in PICOS else 224)
             trials = Trials(name, Path(folder), photos, plugins)
             for axes in options.axes or AXES:
-                outcomes = {}
+                outcomes: dict[str, str] = {}
                 for cell, outcome in trials.all(axes):
                     outcomes[str(cell)] = str(outcome)
                     print(f"{time.strftime('%X')} {name} {cell}: {outcome}", flush=True)
-                record(name, axes, outcomes)
+                if outcomes:
+                    record(name, axes, outcomes)
     return 0
 
 

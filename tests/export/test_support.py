@@ -17,16 +17,16 @@ from ..csrc.plugins import EMULATED_PLUGINS
 from .cuttings import write_cuttings
 from .support import (
     AXES,
-    CELLS,
     COUNTS,
     DTYPES,
     FULL,
     MODELS,
-    PICOS,
     SLACK,
+    SLOW_SIDES,
     Cell,
     Outcome,
     Trials,
+    cells_of,
     read_record,
     share_of_weights,
 )  # fmt: skip
@@ -55,19 +55,49 @@ ATTENTIONS = {
 """Attentions in the file, and how many of them TensorRT-RTX computes in one kernel in float16."""
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return write_cuttings(tmp_path_factory.mktemp("photos") / "cuttings")
+def marks(name, axes=""):
+    """What takes minutes is left to `make test-all`."""
+    return pytest.mark.slow if name in FULL or (axes == "sides" and name in SLOW_SIDES) else ()
 
 
-@pytest.fixture(
-    scope="module", params=[*PICOS, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL)]
+each_file = pytest.mark.parametrize(
+    ("trials", "axes"),
+    [
+        pytest.param(name, axes, marks=marks(name), id=f"{name}-{axes}")
+        for name in MODELS
+        for axes in ("fixed", "batch")
+        if any(cell.axes == axes for cell in cells_of(name))
+    ],
+    indirect=["trials"],
 )
-def trials(request, tmp_path_factory, photos):
-    """All files and engines of one model, each made when it is first asked for."""
-    folder = tmp_path_factory.mktemp(request.param)
-    yield Trials(request.param, folder, photos, plugins)
+"""Of each model with nothing and with the batch open."""
+each_with_open_sides = pytest.mark.parametrize(
+    "trials",
+    [
+        pytest.param(name, marks=marks(name, "sides"))
+        for name in ("biformer_pico", "davit_fused_pico", *SLOW_SIDES)
+    ],
+    indirect=True,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with photos, and what was tried with which model."""
+    folder = tmp_path_factory.mktemp("support")
+    write_cuttings(folder / "photos")
+    yield folder, {}
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def trials(request, made):
+    """All files and engines of the model of a name, each made when it is first asked for."""
+    (folder, known), name = made, request.param
+    if name not in known:
+        (folder / name).mkdir()
+        known[name] = Trials(name, folder / name, folder / "photos", plugins)
+    return known[name]
 
 
 def plugins():
@@ -80,7 +110,15 @@ def need_tensorrt(target):
         pytest.importorskip("tensorrt_rtx")
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize(
+    ("trials", "cell"),
+    [
+        pytest.param(name, cell, marks=marks(name, cell.axes), id=f"{name}-{cell}")
+        for name in MODELS
+        for cell in cells_of(name)
+    ],
+    indirect=["trials"],
+)
 def test_each_combination_comes_out_as_it_is_on_record(trials, cell):
     need_tensorrt(cell.target)
     found, recorded = trials.outcome(cell), read_record()[trials.name][str(cell)]
@@ -92,8 +130,8 @@ def test_each_combination_comes_out_as_it_is_on_record(trials, cell):
 def test_the_record_has_every_combination_of_every_model_and_no_other():
     record = read_record()
     assert set(record) == set(MODELS)
-    for cells in record.values():
-        assert set(cells) == {str(cell) for cell in CELLS}
+    for name, cells in record.items():
+        assert set(cells) == {str(cell) for cell in cells_of(name)}
         assert all(Outcome.of(str(outcome)) == outcome for outcome in cells.values())
 
 
@@ -114,8 +152,8 @@ def test_another_outcome_or_a_larger_error_does_not_agree(found, agrees):
 # --- ONNX files -------------------------------------------------------------------------------------------------------
 
 
+@each_file
 @pytest.mark.parametrize("operators", ["standard", "fused"])
-@pytest.mark.parametrize("axes", ["fixed", "batch"])
 def test_a_float32_file_computes_the_same_to_rounding_at_sizes_that_were_not_traced(trials, axes, operators):
     trials.file(axes, operators)
     report = trials.exports[axes, operators]
@@ -128,9 +166,8 @@ def test_a_float32_file_computes_the_same_to_rounding_at_sizes_that_were_not_tra
 
 @pytest.mark.parametrize("size", [(1, 33, 32), (3, 100, 131), (2, 224, 96)])
 @pytest.mark.parametrize("operators", ["standard", "fused"])
+@each_with_open_sides
 def test_where_sides_are_open_any_size_is_right(trials, operators, size):
-    if trials.outcome(Cell("sides", "onnx", "float32")).state == "refused":
-        return
     path = trials.file("sides", operators)
     assert [text.split()[0] for text in trials.exports["sides", operators].dynamic.values()] == ["any"] * 3
     images = torch.randn(size[0], 3, *size[1:], generator=torch.Generator().manual_seed(1))
@@ -140,7 +177,7 @@ def test_where_sides_are_open_any_size_is_right(trials, operators, size):
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", ["fixed", "batch"])
+@each_file
 def test_a_standard_file_holds_standard_operators_alone_and_half_of_it_half_as_much(trials, axes):
     path = trials.file(axes, "standard")
     assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
@@ -148,7 +185,7 @@ def test_a_standard_file_holds_standard_operators_alone_and_half_of_it_half_as_m
         assert len(trials.half(axes, "standard", dtype)) < 0.6 * path.stat().st_size
 
 
-@pytest.mark.parametrize("axes", ["fixed", "batch"])
+@each_file
 def test_each_call_of_an_operator_is_one_node_with_a_function(trials, axes):
     proto = onnx.load(trials.file(axes, "fused"))
     nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
@@ -172,7 +209,7 @@ def test_each_call_of_an_operator_is_one_node_with_a_function(trials, axes):
 # --- engines ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axes", ["fixed", "batch"])
+@each_file
 def test_engines_hold_the_models_kernels_and_weights_and_what_half_precision_saves(trials, axes):
     need_tensorrt("engine")
     file = trials.file(axes, "standard")
@@ -206,16 +243,26 @@ def test_engines_hold_the_models_kernels_and_weights_and_what_half_precision_sav
         assert (half.attentions, len(half.fused_attentions)) == ATTENTIONS[trials.name]
 
 
-@pytest.mark.parametrize("axes", AXES)
+@each_file
 def test_every_node_is_a_plugin_in_the_engine(trials, axes):
     need_tensorrt("plugins")
     for dtype in DTYPES:
         cell = Cell(axes, "plugins", dtype)
-        if trials.outcome(cell).state == "built":
-            report = trials.engines[cell]
-            assert len(report.plugins) == of_plugins(report) == trials.nodes(axes)
-            # the engine carries the library, and so runs where there is none
-            assert report.size_bytes > bool(trials.nodes(axes)) * plugins().stat().st_size
+        assert trials.outcome(cell).state == "built"
+        report = trials.engines[cell]
+        assert len(report.plugins) == of_plugins(report) == trials.nodes(axes)
+        # the engine carries the library, and so runs where there is none
+        assert report.size_bytes > bool(trials.nodes(axes)) * plugins().stat().st_size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_with_open_sides
+def test_plugins_take_images_of_any_size(trials, dtype):
+    need_tensorrt("plugins")
+    cell = Cell("sides", "plugins", dtype)
+    assert trials.outcome(cell).state == "built"
+    assert of_plugins(trials.engines[cell]) == trials.nodes("sides") > 0
+    assert trials.engines[cell].profile["input"][-1] == (32, 3, 96, 96)
 
 
 def of_plugins(report):
@@ -223,6 +270,7 @@ def of_plugins(report):
     return sum(kernel.type == "custom_layer" for kernel in report.kernels)
 
 
+@pytest.mark.parametrize("trials", ["biformer_pico", "sparsifiner_pico"], indirect=True)
 def test_without_plugins_the_functions_are_built(trials, tmp_path):
     need_tensorrt("engine")
     report = to_tensorrt(
