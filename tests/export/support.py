@@ -52,8 +52,8 @@ FULL = (
 )
 MODELS = (*PICOS, *FULL)
 
-# its predictors, untrained, choose among keys that all but tie: weights are taken further apart
-CLOSE_CHOICES = ("sparsifiner_tiny",)
+FLIPPED = {"sparsifiner_tiny": 2e-2}
+"""Tolerances of float32 files of models that choose, untrained, among keys that tie to within float32's rounding."""
 
 AXES = {"fixed": (), "batch": ("batch",), "sides": ("batch", "height", "width")}
 """What stays open: nothing, the batch, or height and width as well."""
@@ -86,9 +86,11 @@ CELLS = tuple(
 
 
 def cells_of(name: str) -> tuple[Cell, ...]:
-    """What is tried with a model: of those of full size, which take minutes, what runs fast enough with an open batch."""
+    """What is tried with a model: all with the smallest, but where a trace takes minutes what one trace gives."""
     if name in FULL:
         return tuple(cell for cell in CELLS if cell.axes == "batch" and cell.target != "int8")
+    if name in SLOW_SIDES:
+        return tuple(cell for cell in CELLS if cell.axes != "sides" or cell.target == "onnx")
     return CELLS
 
 
@@ -142,9 +144,6 @@ class Trials:
         torch.manual_seed(0)
         self.name = name
         self.model = timm.create_model(name, num_classes=10).eval()
-        if name in CLOSE_CHOICES:
-            for parameter in self.model.parameters():
-                parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
         self.folder, self.photos, self.plugins = folder, photos, plugins
         self.outcomes: dict[Cell, Outcome] = {}
         self.exports: dict[tuple[str, str], ExportReport] = {}
@@ -178,7 +177,8 @@ class Trials:
         if (axes, operators) not in self.exports:
             try:
                 self.exports[axes, operators] = to_onnx(
-                    self.model, path, opset=OPSET, dynamic=AXES[axes], rewrite=standard_form, operators=operators
+                    self.model, path, opset=OPSET, dynamic=AXES[axes], rewrite=standard_form, operators=operators,
+                    rtol=FLIPPED.get(self.name),
                 )  # fmt: skip
             except ExportError as refusal:
                 self._refused[axes, operators] = refusal
