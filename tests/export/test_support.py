@@ -23,13 +23,13 @@ from .support import (
     FULL,
     MODELS,
     SLACK,
-    SLOW_SIDES,
     Cell,
     Outcome,
     Trials,
     cells_of,
     read_record,
     share_of_weights,
+    takes_minutes,
 )  # fmt: skip
 
 pytestmark = pytest.mark.long
@@ -56,23 +56,15 @@ ATTENTIONS = {
 """Attentions in the file, and how many of them TensorRT-RTX computes in one kernel in float16."""
 
 
-def marks(name, axes=""):
-    """What takes minutes is left to `make test-all`."""
-    return pytest.mark.slow if name in FULL or (axes == "sides" and name in SLOW_SIDES) else ()
-
-
-each_file = pytest.mark.parametrize(
-    ("trials", "axes"),
-    [
-        pytest.param(name, axes, marks=marks(name), id=f"{name}-{axes}")
+def each_model(*axes):
+    """Every model with this left open; those of full size take minutes."""
+    cases = [
+        pytest.param(name, part, marks=pytest.mark.slow if name in FULL else (), id=f"{name}-{part}")
         for name in MODELS
-        for axes in ("fixed", "batch")
-        if any(cell.axes == axes for cell in cells_of(name))
-    ],
-    indirect=["trials"],
-)
-"""Of each model with nothing and with the batch open."""
-each_with_open_sides = pytest.mark.parametrize("trials", ["biformer_pico", "davit_fused_pico"], indirect=True)
+        for part in axes
+        if any(cell.axes == part for cell in cells_of(name))
+    ]
+    return pytest.mark.parametrize(("trials", "axes"), cases, indirect=["trials"])
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +99,9 @@ def need_tensorrt(target):
 @pytest.mark.parametrize(
     ("trials", "cell"),
     [
-        pytest.param(name, cell, marks=marks(name, cell.axes), id=f"{name}-{cell}")
+        pytest.param(
+            name, cell, marks=pytest.mark.slow if takes_minutes(name, cell) else (), id=f"{name}-{cell}"
+        )
         for name in MODELS
         for cell in cells_of(name)
     ],
@@ -146,21 +140,22 @@ def test_another_outcome_or_a_larger_error_does_not_agree(found, agrees):
 # --- ONNX files -------------------------------------------------------------------------------------------------------
 
 
-@each_file
-@pytest.mark.parametrize("operators", ["standard", "fused"])
-def test_a_float32_file_computes_the_same_to_rounding_at_sizes_that_were_not_traced(trials, axes, operators):
-    trials.file(axes, operators)
-    report = trials.exports[axes, operators]
+@each_model("fixed", "batch")
+def test_a_float32_file_computes_the_same_to_rounding_at_sizes_that_were_not_traced(trials, axes):
+    trials.file(axes, "standard")
+    report = trials.exports[axes, "standard"]
     assert {check.shape[0] for check in report.verification.checks} == ({1, 3} if AXES[axes] else {1})
     assert max(c.max_relative for c in report.verification.checks) < FLIPPED.get(trials.name, 1e-5)
-    if operators == "standard":
-        assert report.notes == ()
-        assert report.graph.nodes <= SLACK * COUNTS[trials.name]
+    assert report.notes == ()
+    assert report.graph.nodes <= SLACK * COUNTS[trials.name]
 
 
 @pytest.mark.parametrize("size", [(1, 33, 32), (3, 100, 131), (2, 224, 96)])
-@pytest.mark.parametrize("operators", ["standard", "fused"])
-@each_with_open_sides
+@pytest.mark.parametrize(
+    ("trials", "operators"),
+    [("biformer_pico", "standard"), ("biformer_pico", "fused"), ("davit_fused_pico", "standard")],
+    indirect=["trials"],
+)
 def test_where_sides_are_open_any_size_is_right(trials, operators, size):
     path = trials.file("sides", operators)
     assert [text.split()[0] for text in trials.exports["sides", operators].dynamic.values()] == ["any"] * 3
@@ -171,7 +166,7 @@ def test_where_sides_are_open_any_size_is_right(trials, operators, size):
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
-@each_file
+@each_model("fixed", "batch")
 def test_a_standard_file_holds_standard_operators_alone_and_half_of_it_half_as_much(trials, axes):
     path = trials.file(axes, "standard")
     assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
@@ -179,9 +174,12 @@ def test_a_standard_file_holds_standard_operators_alone_and_half_of_it_half_as_m
         assert len(trials.half(axes, "standard", dtype)) < 0.6 * path.stat().st_size
 
 
-@each_file
+@each_model("batch")
 def test_each_call_of_an_operator_is_one_node_with_a_function(trials, axes):
     proto = onnx.load(trials.file(axes, "fused"))
+    checks = trials.exports[axes, "fused"].verification.checks
+    assert {check.shape[0] for check in checks} == {1, 3}
+    assert max(check.max_relative for check in checks) < FLIPPED.get(trials.name, 1e-5)
     nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
     if trials.name in OPERATORS:
         found = {node.op_type.rstrip("0123456789").rstrip("_") for node in nodes}
@@ -203,7 +201,7 @@ def test_each_call_of_an_operator_is_one_node_with_a_function(trials, axes):
 # --- engines ----------------------------------------------------------------------------------------------------------
 
 
-@each_file
+@each_model("fixed", "batch")
 def test_engines_hold_the_models_kernels_and_weights_and_what_half_precision_saves(trials, axes):
     need_tensorrt("engine")
     file = trials.file(axes, "standard")
@@ -237,7 +235,7 @@ def test_engines_hold_the_models_kernels_and_weights_and_what_half_precision_sav
         assert (half.attentions, len(half.fused_attentions)) == ATTENTIONS[trials.name]
 
 
-@each_file
+@each_model("batch")
 def test_every_node_is_a_plugin_in_the_engine(trials, axes):
     need_tensorrt("plugins")
     for dtype in DTYPES:
@@ -250,7 +248,7 @@ def test_every_node_is_a_plugin_in_the_engine(trials, axes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@each_with_open_sides
+@pytest.mark.parametrize("trials", ["biformer_pico"], indirect=True)
 def test_plugins_take_images_of_any_size(trials, dtype):
     need_tensorrt("plugins")
     cell = Cell("sides", "plugins", dtype)
