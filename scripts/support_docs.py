@@ -46,7 +46,9 @@ def support() -> str:
 
 
 def _refusal(number: int, reason: str, models: list[str]) -> str:
-    return f"{number}. {', '.join(f'`{name}`' for name in dict.fromkeys(models))}: {reason}".replace("*", r"\*")
+    return f"{number}. {', '.join(f'`{name}`' for name in dict.fromkeys(models))}: {reason}".replace(
+        "*", r"\*"
+    )
 
 
 def _table(

@@ -41,19 +41,8 @@ COUNTS = json.loads((Path(__file__).parent / "node_counts.json").read_text())
 SLACK = 1.05  # other releases of torch write a few nodes more
 
 PICOS = tuple(name for names in list_families().values() for name in names if name.endswith("_pico"))
-FULL = (
-    "biformer_tiny",
-    "davit_fused_tiny",
-    "sparsifiner_tiny",
-    "stripmlp_tiny_light",
-    "stvit_deit_small",
-    "stvit_swin_tiny",
-    "stvit_r_swin_tiny",
-)
+FULL = ("biformer_tiny", "sparsifiner_tiny", "stripmlp_tiny_light")
 MODELS = (*PICOS, *FULL)
-
-FLIPPED = {"sparsifiner_tiny": 2e-2}
-"""Tolerances of float32 files of models that choose, untrained, among keys that tie to within float32's rounding."""
 
 AXES = {"fixed": (), "batch": ("batch",), "sides": ("batch", "height", "width")}
 """What stays open: nothing, the batch, or height and width as well."""
@@ -188,7 +177,6 @@ class Trials:
             try:
                 self.exports[axes, operators] = to_onnx(
                     self.model, path, opset=OPSET, dynamic=AXES[axes], rewrite=standard_form, operators=operators,
-                    rtol=FLIPPED.get(self.name),
                 )  # fmt: skip
             except ExportError as refusal:
                 self._refused[axes, operators] = refusal
