@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -14,6 +16,7 @@ from vitrail.ops import library
 from vitrail.zoo.inference import standard_form
 
 from ..csrc.plugins import EMULATED_PLUGINS
+from ..csrc.runtime_kernels import portable_kernels, session
 from .cuttings import write_cuttings
 from .support import (
     AXES,
@@ -195,6 +198,37 @@ def test_each_call_of_an_operator_is_one_node_with_a_function(trials, axes):
         assert len(attributes["inputs"].decode().split(",")) == len(node.input)
         assert set(functions[node.op_type].attribute) == set(attributes)
         assert len(known[node.output[0]].shape.dim) >= 3
+
+
+@each_model("batch")
+def test_kernels_in_onnx_runtime_take_the_place_of_the_functions(trials, axes, tmp_path):
+    """The functions are still there; the profile says what ran. Threads and batches change nothing."""
+    proto = onnx.load(trials.file(axes, "fused"))
+    content, path = proto.SerializeToString(), portable_kernels()
+    plain = session(content, None)
+    kernels = [session(content, path, threads, str(tmp_path / "run")) for threads in (1, 2)]
+    size = trials.model.pretrained_cfg["input_size"]
+    for batch in (1, 3):
+        image = torch.randn(batch, *size, generator=torch.Generator().manual_seed(batch)).numpy()
+        expected = plain.run(None, {"input": image})[0]
+        one, two = (opened.run(None, {"input": image})[0] for opened in kernels)
+        assert np.array_equal(one, two)
+        assert np.abs(one - expected).max() <= 1e-5 * np.abs(expected).max()
+    events = json.loads(Path(kernels[0].end_profiling()).read_text())
+    ran = {event["args"]["op_name"] for event in events if event.get("cat") == "Node"}
+    assert {node.op_type for node in proto.graph.node if node.domain == DOMAIN} <= ran
+    assert "TopK" not in ran
+
+
+@each_model("batch")
+def test_kernels_in_onnx_runtime_take_half_types(trials, axes):
+    size = trials.model.pretrained_cfg["input_size"]
+    image = torch.randn(2, *size, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        exact = trials.model(image)
+    opened = session(trials.half(axes, "fused", "float16"), portable_kernels())
+    (found,) = opened.run(None, {"input": image.numpy()})
+    assert np.abs(found - exact.numpy()).max() / exact.abs().max() < 2e-2
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------
