@@ -47,9 +47,10 @@ fuzz: $(READY) ## a million calls of the compiled operators with random and spoi
 sanitize: $(READY) ## the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer (an hour)
 	$(BIN)/python -m pytest -q -n $(JOBS) tests/csrc/test_sanitizers.py
 
-docs: $(READY) ## write docs/MODELS.md and docs/WEIGHTS.md from the registry, tables of speed from benchmarks/results
+docs: $(READY) ## write docs/MODELS.md and docs/WEIGHTS.md from the registry, tables from benchmarks/results and docs/support.json
 	$(BIN)/python scripts/model_docs.py
 	$(BIN)/python scripts/performance_docs.py
+	$(BIN)/python scripts/support_docs.py
 
 clean: ## remove build outputs and caches; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .timm

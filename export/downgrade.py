@@ -14,6 +14,9 @@ from .graph import STANDARD_DOMAINS, walk
 if TYPE_CHECKING:
     import onnx
 
+TRANSLATED = 18
+"""The least operator set that torch translates to."""
+
 _REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
                "ReduceLogSumExp", "ReduceSumSquare")  # fmt: skip
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .downgrade import TRANSLATED, to_opset_17
 from .errors import ExportError
 
 if TYPE_CHECKING:
@@ -354,11 +355,19 @@ def _traced(variant: Variant, opset: int) -> onnx.ModelProto:
             _Body(variant).eval(), tuple(tensors), dynamic_shapes=(open_sizes,), strict=False
         )
     translated = torch.onnx.export(
-        program, (), input_names=variant.inputs, opset_version=opset, optimize=False, verbose=False
+        program,
+        (),
+        input_names=variant.inputs,
+        opset_version=max(opset, TRANSLATED),
+        optimize=False,
+        verbose=False,
     )
     assert translated is not None
     optimise(translated.model, ["out"])
-    return translated.model_proto
+    model: onnx.ModelProto = translated.model_proto
+    if opset < TRANSLATED:
+        to_opset_17(model)
+    return model
 
 
 def function_of(variant: Variant, opset: int) -> onnx.FunctionProto:

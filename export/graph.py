@@ -238,7 +238,7 @@ def advice(model: onnx.ModelProto) -> list[str]:
         elif (
             node.input
             and all(name in constants for name in node.input if name)
-            and node.op_type != "Constant"
+            and node.op_type not in ("Constant", "ConstantOfShape")  # the second is a constant in few bytes
         ):
             found[f"{node.op_type} has constant inputs alone and could be computed once"] += 1
     return [f"{text} ({count} times)" if count > 1 else text for text, count in found.items()]

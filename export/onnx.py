@@ -28,7 +28,7 @@ from .capture import (
 )
 from .clock import Clock
 from .compare import noise
-from .downgrade import to_opset_17
+from .downgrade import TRANSLATED, to_opset_17
 from .errors import ExportError
 from .external import is_large, publish, remove_weights, scratch_pair
 from .files import check_target, write_atomically
@@ -52,7 +52,6 @@ oldest supported onnx and ONNX Runtime know. Gelu is one node from 20 on, attent
 one in all; convolutions in bfloat16 exist from 22 on."""
 
 DEFAULT_OPSETS = {"float32": 20, "float16": 20, "bfloat16": 22}
-_TRANSLATED = 18  # the least that torch translates to
 
 OPERATORS = ("standard", "fused")
 """How the operators of `vitrail.ops` are written."""
@@ -180,8 +179,6 @@ def to_onnx(
     _check_opset(opset)
     if operators not in OPERATORS:
         raise ValueError(f"operators must be one of {', '.join(OPERATORS)}, got {operators!r}")
-    if operators == "fused" and opset < _TRANSLATED:
-        raise ValueError(f"operators='fused' needs opset {_TRANSLATED} or later, got {opset}")
     target = check_target(path, ".onnx")
     size = default_size(model, img_size)
     prepare = Preprocessing.of(model, preprocessing)
@@ -213,7 +210,7 @@ def to_onnx(
             program, sizes = capture(module, example, axes, opset, nodes)
             clock.lap("trace")
             say("translating to ONNX")
-            onnx_program = translate(program, max(opset, _TRANSLATED))
+            onnx_program = translate(program, max(opset, TRANSLATED))
             clock.lap("translate")
             say("optimising the graph")
             optimise(onnx_program.model, names)
@@ -223,7 +220,7 @@ def to_onnx(
     clean(proto, _symbols(input_value(program), axes, sizes))
     del onnx_program, program, module
     normalisation = take_pixels(proto, prepare) if preprocess else "outside"
-    if opset < _TRANSLATED:
+    if opset < TRANSLATED:
         to_opset_17(proto)
     if nodes:
         say("writing the operators' functions")

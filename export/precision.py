@@ -6,10 +6,11 @@ moves values. In float32:
 - norms, softmax and reductions (`_WIDE`), and what follows from them alone;
 - scaling and masks between a product and its softmax, so that masks may hold what float16 has no room for;
 - choices (TopK, ArgMax, comparisons: any node from numbers to indices or truth values) with all that is computed for
-  them alone: a choice reads the half-type activations, and no rounding comes after that;
+  them alone: a choice reads the half-type activations, and no rounding comes after that (one that a function makes
+  reads them as they are, and its function computes in float32);
 - what was computed from sizes or pixels, whole numbers that a half type can't hold;
 - nodes with a constant that the half type has no number for, or that ONNX does not define for the half type (Conv in
-  bfloat16 before opset 22).
+  bfloat16 before opset 22), or TensorRT does not take in it (HardSwish in bfloat16).
 
 A value is cast at most once to each type, next to where it is first needed, and never there and back.
 """
@@ -52,6 +53,8 @@ MOVES = frozenset((
     "ReverseSequence", "Dropout", "Trilu",
 ))  # fmt: skip
 """Operators whose results are numbers of their inputs."""
+_NO_BFLOAT16 = frozenset(("HardSwish",))
+"""Operators that TensorRT takes in float32 and float16 alone, though ONNX has them in bfloat16."""
 _OF_SIZES = frozenset(("Floor", "Ceil", "Round", "ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin"))
 _SIZES = frozenset(("Shape", "Size"))
 
@@ -67,7 +70,8 @@ def convert_precision(model: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
 
     Args:
         model: a float32 graph, with its weights inside. Nodes of other domains are converted where the model has a
-            function for them, whose body must then serve any float type; without one they stay float32.
+            function for them, whose body must then serve any float type, and choose in float32 whatever it reads;
+            without one they stay float32.
         dtype: 'float16', 'bfloat16', or 'float32' for a plain copy.
 
     Returns:
@@ -231,6 +235,16 @@ class _Plan:
         self._spread_down()
         self._spread_up()
         self._spread_down()
+        self.wide -= {i for i in self.wide if self._widens_itself(self.nodes[i])}
+
+    def _widens_itself(self, node: onnx.NodeProto) -> bool:
+        """Whether a node reads half-type values alone and is a choice by a function, which computes in float32."""
+        if (node.domain, node.op_type) not in self.functions or not chooses(node, self.types):
+            return False
+        sources = self.floats(node.input)
+        return not self.floats(node.output) and all(
+            name in self.producer and self.producer[name] not in self.wide for name in sources
+        )
 
     def _must_be_wide(self, node: onnx.NodeProto) -> bool:
         if not self.floats([*node.input, *node.output]):
@@ -259,9 +273,11 @@ class _Plan:
         return False
 
     def _is_defined(self, node: onnx.NodeProto) -> bool:
-        """Whether ONNX has the operator for the half type, at the model's opset."""
+        """Whether ONNX has the operator for the half type, at the model's opset, and runtimes take it."""
         import onnx
 
+        if self.number == BFLOAT16 and node.op_type in _NO_BFLOAT16:
+            return False
         schema = onnx.defs.get_schema(node.op_type, self.opset, "")
         kind = "tensor(float16)" if self.number == FLOAT16 else "tensor(bfloat16)"
         allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}

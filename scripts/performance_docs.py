@@ -7,13 +7,12 @@ python scripts/performance_docs.py --check   # fail if they are not up to date
 import itertools
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pages import write_pages
+from pages import page, prose, table, write_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,23 +43,14 @@ def _check_all_are_shown() -> None:
         )
 
 
-def _prose(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
-
-
 def _heading(result: dict[str, Any], text: str) -> str:
     machine, versions = result["machine"], result["versions"]
     threads = f"{machine['threads']} threads on {machine['cores']} cores"
-    return _prose(
+    return prose(
         f"`{' '.join(('benchmarks/' + result['command'][0], *result['command'][1:]))}`: {text} {machine['cpu']}, "
         f"{threads}, {result['instruction_set']}; torch {versions['torch']}, timm {versions['timm']}; "
         f"{result['date'][:10]}."
     )
-
-
-def _table(headers: list[str], rows: list[list[str]], words: int) -> str:
-    marks = ["---" if i < words else "---:" for i in range(len(headers))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, marks, *rows))
 
 
 def _milliseconds(row: dict[str, Any]) -> str:
@@ -110,7 +100,7 @@ def operators() -> str:
         many times as long the others take. All rows, with backward and memory, are in
         `benchmarks/results/operators_cpu.json`."""
     headers = ["operator", "layer", "batch", "fused", "of GEMM", "reference", "stock PyTorch (fastest)"]
-    return f"{_heading(result, text)}\n\n{_table(headers, rows, 2)}"
+    return f"{_heading(result, text)}\n\n{table(headers, rows, 2)}"
 
 
 def _models(name: str, text: str, columns: dict[str, str]) -> str:
@@ -137,7 +127,7 @@ def _models(name: str, text: str, columns: dict[str, str]) -> str:
             ]
         )
     headers = ["model", "pixels", "batch", "inference form", "spread", "efficiency", *columns]
-    return f"{_heading(result, text)}\n\n{_table(headers, rows, 1)}"
+    return f"{_heading(result, text)}\n\n{table(headers, rows, 1)}"
 
 
 def models() -> str:
@@ -186,7 +176,7 @@ def training() -> str:
     text = """one step of SGD with 8 images, float32: milliseconds of the fused model, and how many times as long the
         others take."""
     headers = ["model", "fused", "spread", "efficiency", "reference", "authors", "timm"]
-    return f"{_heading(result, text)}\n\n{_table(headers, rows, 1)}"
+    return f"{_heading(result, text)}\n\n{table(headers, rows, 1)}"
 
 
 def memory() -> str:
@@ -203,13 +193,13 @@ def memory() -> str:
         )  # fmt: skip
     text = "`biformer_small`, one image of 896 x 896, float32: MiB above the weights."
     headers = ["pass", "candidate", "allocated", "resident", "of fused"]
-    return f"{_heading(result, text)}\n\n{_table(headers, rows, 2)}"
+    return f"{_heading(result, text)}\n\n{table(headers, rows, 2)}"
 
 
 def runtimes() -> str:
     """Exported files in ONNX Runtime."""
     if not (RESULTS / "runtimes_cpu.json").exists():
-        return _prose(
+        return prose(
             """No complete run is kept yet. `benchmarks/runtimes.py` (part of `make bench`) makes the results that stand
             here then."""
         )
@@ -228,14 +218,14 @@ def runtimes() -> str:
     text = """float32 but for int8. Milliseconds of our file in ONNX Runtime, and how many times as long as it the
         others take: in 8 bits, the authors' and timm's models exported, and ours in torch."""
     headers = ["model", "batch", "our file", "spread", "int8", "authors", "timm", "torch", "inference form"]
-    return f"{_heading(result, text)}\n\n{_table(headers, rows, 1)}"
+    return f"{_heading(result, text)}\n\n{table(headers, rows, 1)}"
 
 
 def gpu() -> str:
     """What a GPU gave: checks, operators, models."""
     names = [path.stem for kind in ("gpu_*", "*_cuda*") for path in sorted(RESULTS.glob(f"{kind}.json"))]
     if not names:
-        return _prose(
+        return prose(
             """No GPU has run any of this yet, so there is no figure. `scripts/gpu_check.sh` makes the results that
             stand here then."""
         )
@@ -252,7 +242,7 @@ def _gpu_parts(result: dict[str, Any], name: str) -> Iterator[str]:
         if "commit" in result
         else ""
     )
-    yield _prose(
+    yield prose(
         f"`{where}/{command}` (`benchmarks/results/{name}.json`): {about['name']}, driver {about.get('driver')}, CUDA "
         f"{about.get('torch_cuda')}; torch {versions['torch']}{code}; {result['date'][:10]}."
     )
@@ -265,10 +255,10 @@ def _gpu_parts(result: dict[str, Any], name: str) -> Iterator[str]:
         reason = phase["reason"].splitlines()[0].replace("|", "\\|") if phase["reason"] else ""
         cells = [str(counts.get(what, NONE)) for what in ("passed", "failed", "skipped")]
         rows.append([phase["name"], f"{phase['outcome']}{': ' * bool(reason)}{reason}", *cells])
-    yield _table(["phase", "outcome", "tests passed", "failed", "skipped"], rows, 2)
+    yield table(["phase", "outcome", "tests passed", "failed", "skipped"], rows, 2)
     for phase in result["phases"]:
         if isinstance(phase["found"], dict) and "benchmark" in phase["found"]:
-            yield _prose(f"{phase['name']}: `benchmarks/{' '.join(phase['found']['command'])}`.")
+            yield prose(f"{phase['name']}: `benchmarks/{' '.join(phase['found']['command'])}`.")
             yield from _gpu_tables(phase["found"])
 
 
@@ -295,7 +285,7 @@ def _gpu_tables(found: dict[str, Any]) -> Iterator[str]:
     if failed:
         yield "\n".join(["Did not run:", "", *(f"- {text}" for text in failed)])
     if found.get("left_out"):
-        yield _prose(f"There was no time for {'; '.join(found['left_out'])}.")
+        yield prose(f"There was no time for {'; '.join(found['left_out'])}.")
 
 
 def _gpu_operators(rows: Rows) -> str:
@@ -337,7 +327,7 @@ def _gpu_operators(rows: Rows) -> str:
     )
     if any(not row["compiled"] for row in rows):
         notes += " A star marks what has no kernel for all of it."
-    return f"{_prose(notes)}\n\n{_table([*headers, 'fastest of the others'], cells, 3)}"
+    return f"{prose(notes)}\n\n{table([*headers, 'fastest of the others'], cells, 3)}"
 
 
 def _gpu_models(rows: Rows) -> str:
@@ -352,7 +342,7 @@ def _gpu_models(rows: Rows) -> str:
                 ]
             )  # fmt: skip
     headers = ["model", "pass", "candidate", "dtype", "pixels", "batch", "ms", "of fused", "peak MiB"]
-    return _table(headers, cells, 4)
+    return table(headers, cells, 4)
 
 
 def _gpu_memory(rows: Rows) -> str:
@@ -362,7 +352,7 @@ def _gpu_memory(rows: Rows) -> str:
         cells.append(
             [f"`{row['model']}`", row["kind"], row["candidate"], str(row["size"]), str(row["batch"]), peak]
         )
-    return _table(["model", "pass", "candidate", "pixels", "batch", "peak MiB"], cells, 3)
+    return table(["model", "pass", "candidate", "pixels", "batch", "peak MiB"], cells, 3)
 
 
 def measured() -> str:
@@ -377,7 +367,7 @@ def measured() -> str:
             ]
         )
     machine = result["machine"]
-    text = _prose(
+    text = prose(
         f"""The inference form, float32, 224 x 224, {machine["cores"]} cores of an {machine["cpu"]}
         ({result["instruction_set"]}), torch {result["versions"]["torch"]}. How many times as long the authors' code and
         timm's models take, with one image and with eight; all run in turn in one process (`PEERS=~/peers make bench`,
@@ -385,25 +375,13 @@ def measured() -> str:
         read the ratios."""
     )
     headers = ["model", "one image", "authors", "timm", "eight images", "authors", "timm"]
-    return f"{text}\n\n{_table(headers, list(rows.values()), 1)}"
+    return f"{text}\n\n{table(headers, list(rows.values()), 1)}"
 
 
 SECTIONS: dict[str, list[Callable[[], str]]] = {
     "docs/PERFORMANCE.md": [operators, models, training, memory, runtimes, gpu],
     "README.md": [measured],
 }
-
-
-def page(path: Path, sections: list[Callable[[], str]]) -> str:
-    """A page with its tables made anew."""
-    text = path.read_text(encoding="utf-8")
-    for section in sections:
-        begin, end = (f"<!-- {section.__name__}: {mark} -->" for mark in ("begin", "end"))
-        if begin not in text or end not in text:
-            raise ValueError(f"{path} must have the marks {begin} and {end}, between which a table goes")
-        before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{section()}\n{end}{rest.split(end, 1)[1]}"
-    return text
 
 
 def main() -> int:

@@ -112,8 +112,9 @@ def test_the_pages_of_models_and_weights_are_what_the_registry_says():
     assert result.returncode == 0, result.stderr[-4000:]
 
 
-def test_tables_of_speed_are_what_the_results_say():
-    command = [sys.executable, ROOT / "scripts" / "performance_docs.py", "--check"]
+@pytest.mark.parametrize("script", ["performance_docs.py", "support_docs.py"])
+def test_tables_are_what_the_results_say(script):
+    command = [sys.executable, ROOT / "scripts" / script, "--check"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
 

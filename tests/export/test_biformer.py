@@ -73,9 +73,10 @@ def test_the_feature_pyramid_exports_at_a_size_that_needs_padding(tmp_path, name
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl"])
-def test_height_and_width_are_free_at_any_size(tmp_path, name):
-    model = short(name, embed_dims=(16, 16, 16, 32), head_dim=8, topks=(1, 4, -2, -2), num_classes=5)
+def test_height_and_width_are_free_at_any_size(tmp_path):
+    model = short(
+        "biformer_stl", embed_dims=(16, 16, 16, 32), head_dim=8, topks=(1, 4, -2, -2), num_classes=5
+    )
     report = to_onnx(model, tmp_path / "m.onnx", dynamic=("batch", "height", "width"))
     assert [text.split()[0] for text in report.dynamic.values()] == ["any"] * 3
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])

@@ -1,8 +1,6 @@
 """Operators as nodes: their functions compute what definitions do, in any type and at any batch, in every family."""
 
-import json
 import warnings
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,20 +13,9 @@ from onnx import numpy_helper
 
 from vitrail.export import ExportError, to_onnx
 from vitrail.export.functions import DOMAIN, NODES, has_nodes
-from vitrail.export.precision import convert_precision
 from vitrail.ops import sparse_attention
-from vitrail.zoo.inference import standard_form
 
-from ..csrc.runtime_kernels import portable_kernels, session
 from .node_calls import NodeCall, calls, function_model
-
-PICOS = {
-    "biformer_pico": {"region_route", "routed_attention"},
-    "davit_fused_pico": {"window_attention", "channel_attention"},
-    "sparsifiner_pico": {"connectivity_topk", "sparse_attention"},
-    "stripmlp_pico": {"strip_mix"},
-    "stvit_swin_pico": {"window_attention", "semantic_attention"},
-}
 
 
 def create(name):
@@ -43,79 +30,7 @@ def run(model, *arrays):
     return session.run(None, dict(zip(names, arrays, strict=True)))[0]
 
 
-def operators_of(model):
-    return {
-        node.op_type.rstrip("0123456789").rstrip("_") for node in model.graph.node if node.domain == DOMAIN
-    }
-
-
 # --- whole models -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=PICOS)
-def fused(request, tmp_path_factory):
-    """Name, model and file of a pico of each family; the export has verified it at batches of 1 and 3."""
-    path = tmp_path_factory.mktemp("fused") / "m.onnx"
-    model = create(request.param)
-    report = to_onnx(model, path, operators="fused", rewrite=standard_form)
-    assert max(check.max_relative for check in report.verification.checks) < 1e-5
-    return request.param, model, onnx.load(path)
-
-
-def test_each_call_of_an_operator_is_one_node_with_a_function(fused):
-    name, _, proto = fused
-    assert operators_of(proto) == PICOS[name]
-    functions = {function.name: function for function in proto.functions}
-    assert {node.op_type for node in proto.graph.node if node.domain == DOMAIN} == set(functions)
-    for function in functions.values():
-        assert function.domain == DOMAIN
-        assert {node.domain for node in function.node} == {""}
-    for node in proto.graph.node:
-        if node.domain == DOMAIN:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"vitrail", b"1")
-            assert len(attributes["inputs"].decode().split(",")) == len(node.input)
-            assert set(functions[node.op_type].attribute) == set(attributes)
-
-
-def test_the_sizes_behind_every_node_are_known(fused):
-    proto = fused[2]
-    known = {value.name: value.type.tensor_type for value in proto.graph.value_info}
-    for node in proto.graph.node:
-        if node.domain == DOMAIN:
-            assert len(known[node.output[0]].shape.dim) >= 3
-
-
-def test_kernels_in_onnx_runtime_take_the_place_of_the_functions(fused, tmp_path):
-    """The functions are still there; the profile says what ran. Threads and batches change nothing."""
-    _, _, proto = fused
-    content, path = proto.SerializeToString(), portable_kernels()
-    plain = session(content, None)
-    kernels = [session(content, path, threads, str(tmp_path / "run")) for threads in (1, 2)]
-    for batch in (1, 3):
-        image = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch)).numpy()
-        expected = plain.run(None, {"input": image})[0]
-        one, two = (opened.run(None, {"input": image})[0] for opened in kernels)
-        assert np.array_equal(one, two)
-        assert np.abs(one - expected).max() <= 1e-5 * np.abs(expected).max()
-    events = json.loads(Path(kernels[0].end_profiling()).read_text())
-    ran = {event["args"]["op_name"] for event in events if event.get("cat") == "Node"}
-    assert {node.op_type for node in proto.graph.node if node.domain == DOMAIN} <= ran
-    assert "TopK" not in ran
-
-
-def test_half_types_run_and_stay_close(fused):
-    """The converted file in ONNX Runtime, by functions and by kernels; both serve every type."""
-    _, model, proto = fused
-    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        exact = model(image)
-    half = convert_precision(proto, "float16")
-    onnx.checker.check_model(half, full_check=True)
-    for kernels in (None, portable_kernels()):
-        (found,) = session(half.SerializeToString(), kernels).run(None, {"input": image.numpy()})
-        assert np.abs(found - exact.numpy()).max() / exact.abs().max() < 2e-2
-    onnx.checker.check_model(convert_precision(proto, "bfloat16"), full_check=True)
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):

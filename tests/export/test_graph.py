@@ -18,6 +18,11 @@ def model_of(*nodes, opset=20, constants=(), shape=("s0", 4, 8)):
 node = helper.make_node
 
 
+def test_a_constant_that_is_written_as_its_shape_is_left_alone():
+    fill = node("ConstantOfShape", ["shape"], ["zeros"])
+    assert advice(model_of(fill, node("Add", ["x", "zeros"], ["y"]), constants=[("shape", [4, 8])])) == []
+
+
 @pytest.mark.parametrize(
     ("nodes", "constants", "word"),
     [

@@ -236,6 +236,37 @@ def test_operators_that_onnx_has_not_in_bfloat16_stay_in_float32():
         assert word in converted(model, "bfloat16")[1]
 
 
+def test_hard_swish_which_tensorrt_has_not_in_bfloat16_stays_in_float32():
+    model = model_of(node("HardSwish", ["x"], ["y"]))
+    assert converted(model)[1] == ["Cast 16", "HardSwish 16", "Cast 32"]
+    assert converted(model, "bfloat16")[1] == ["HardSwish 32"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_choice_that_a_function_makes_in_float32_reads_half_values_as_they_are(dtype):
+    body = helper.make_function(
+        "vitrail", "Choose", ["a"], ["i"],
+        [node("Cast", ["a"], ["w"], to=TensorProto.FLOAT), node("ArgMax", ["w"], ["i"], axis=1)],
+        [helper.make_opsetid("", 22)],
+    )  # fmt: skip
+    choose = node("Choose", ["a"], ["i"], domain="vitrail")
+    pick = node("GatherElements", ["a", "i"], ["y"], axis=1)
+    product = node("MatMul", ["x", "w"], ["a"])
+    short = "16" if dtype == "float16" else "b16"
+    half, nodes = converted(model_of(product, choose, pick, weights={"w": WEIGHT}, functions=[body]), dtype)
+    assert nodes == [f"Cast {short}", f"MatMul {short}", "Choose -", f"GatherElements {short}", "Cast 32"]
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_allclose(run(emulated(half), x=x)[0], (x @ WEIGHT).max(1, keepdims=True), rtol=1e-2)
+    # scores that are there for the choice alone are not rounded, and neither is the model's input
+    alone = (product, node("MatMul", ["a", "w"], ["s"]), node("Choose", ["s"], ["i"], domain="vitrail"), pick)
+    _, nodes = converted(model_of(*alone, weights={"w": WEIGHT}, functions=[body]), dtype)
+    assert nodes[2:5] == ["Cast 32", "MatMul 32", "Choose -"]
+    bare = model_of(
+        node("Choose", ["x"], ["y"], domain="vitrail"), result=TensorProto.INT64, functions=[body]
+    )
+    assert converted(bare, dtype)[1] == ["Choose -"]
+
+
 def test_functions_of_other_domains_are_converted_and_bare_nodes_are_not():
     body = helper.make_function(
         "vitrail", "Double", ["a", "i"], ["b"],

@@ -16,9 +16,10 @@ from vitrail.export import ExportError, Preprocessing, QuantizationError, quanti
 from vitrail.export import quantise as module
 from vitrail.export.calibration import METHODS, find_photos, find_ranges, preprocessing_of
 from vitrail.export.external import write_pair
-from vitrail.export.images import load_image, sample_photos
 from vitrail.export.qdq import Quantiser, Range, find_layers
 from vitrail.export.sensitivity import compare, outputs, speedups
+
+from .cuttings import write_cuttings
 
 
 class Fragile(nn.Module):
@@ -44,14 +45,7 @@ class Fragile(nn.Module):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """A folder of 20 cuttings of photos, 48 x 48, some of them in a folder of their own."""
-    folder = tmp_path_factory.mktemp("photos")
-    (folder / "more").mkdir()
-    for i in range(20):
-        photo = load_image(sample_photos()[i % 2])
-        left, top = 30 * i, 15 * i
-        place = folder / "more" if i % 4 == 3 else folder
-        photo.crop((left, top, left + 48, top + 48)).save(place / f"{i:02}.png")
-    return folder
+    return write_cuttings(tmp_path_factory.mktemp("photos") / "cuttings")
 
 
 @pytest.fixture(scope="module")
