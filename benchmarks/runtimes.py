@@ -160,7 +160,7 @@ def measure(group: Group, files: Files, batch: int, folder: Path, args: argparse
         try:
             export_other(candidate, images, path)
         except Exception as error:  # code of others, in a version of torch that they did not know
-            files.missing[f"{name}, batch {batch}"] = " ".join(str(error).split())[:300]
+            files.missing[f"{name}, batch {batch}"] = " ".join(str(error.__cause__ or error).split())[:300]
             continue
         paths[name] = path
     candidates: dict[str, Run] = {name: run for name, run in todo.items() if not name.startswith("reference")}
