@@ -16,9 +16,11 @@ from vitrail.export import ExportError, Preprocessing, QuantizationError, quanti
 from vitrail.export import quantise as module
 from vitrail.export.calibration import METHODS, find_photos, find_ranges, preprocessing_of
 from vitrail.export.external import write_pair
+from vitrail.export.functions import DOMAIN
 from vitrail.export.qdq import Quantiser, Range, find_layers
 from vitrail.export.sensitivity import compare, outputs, speedups
 
+from ..csrc.runtime_kernels import portable_kernels, session
 from .cuttings import write_cuttings
 
 
@@ -274,6 +276,27 @@ def test_open_sides_are_verified_at_a_second_size_and_padded_stems_normalise_in_
     ]
     operators = {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
     assert {"Cast", "Mul", "Add", "QuantizeLinear"} <= operators
+
+
+def test_fused_operators_stay_as_they_are_between_layers_in_8_bits(make, photos, tmp_path):
+    model, path = make("Routed", topk=2), tmp_path / "int8.onnx"
+    to_onnx(model, tmp_path / "fused.onnx", img_size=32, operators="fused", verify=False)
+    report = quantize_onnx(
+        tmp_path / "fused.onnx", path, calibration=photos, limit=12, model=model, faster_only=False
+    )
+    assert {layer.module for layer in report.layers if layer.quantised} == {"stem", "qkv", "head"}
+    before, after = (
+        [n.op_type for n in onnx.load(file).graph.node if n.domain == DOMAIN]
+        for file in (tmp_path / "fused.onnx", path)
+    )
+    assert before == after == ["region_route", "routed_attention"]
+    image = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
+    by_functions, by_kernels = (
+        session(path.read_bytes(), kernels).run(None, {"input": image})[0]
+        for kernels in (None, portable_kernels())
+    )
+    # an activation between two steps of 8 bits may come out at the other one
+    assert by_kernels == pytest.approx(by_functions, abs=2e-2 * float(np.abs(by_functions).max()))
 
 
 def test_pixels_are_not_normalised_in_another_way_than_the_file_does(pixels, photos, tmp_path):

@@ -112,11 +112,7 @@ def test_the_version_is_the_packages(cli):
         ),
         (
             ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int8", "--dtype", "float16"],
-            "--quantize starts from a file in float32 of standard operators: leave out --dtype float16",
-        ),
-        (
-            ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int8", "--operators", "fused"],
-            "--quantize starts from a file in float32 of standard operators: leave out --operators fused",
+            "--quantize starts from a file in float32: leave out --dtype float16",
         ),
         (
             ["export", "onnx", "biformer_tiny", "out.onnx", "--quantize", "int4"],

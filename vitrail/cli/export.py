@@ -242,14 +242,8 @@ def _quantisation(args: argparse.Namespace) -> dict[str, Any]:
         if given:
             raise UsageError(f"--{given[0].replace('_', '-')} is for files in 8 bits: add --quantize int8")
         return {}
-    for option, asked in (
-        (f"--dtype {args.dtype}", args.dtype != "float32"),
-        ("--operators fused", args.operators != "standard"),
-    ):
-        if asked:
-            raise UsageError(
-                f"--quantize starts from a file in float32 of standard operators: leave out {option}"
-            )
+    if args.dtype != "float32":
+        raise UsageError(f"--quantize starts from a file in float32: leave out --dtype {args.dtype}")
     if args.calibration is None:
         raise UsageError(
             "--quantize needs photos to find the ranges of tensors with: add --calibration FOLDER"
