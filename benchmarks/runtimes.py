@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from vitrail.ops.library import BuildError
 from vitrail.zoo.inference import standard_form
 
 ONNX, INT8 = "ONNX Runtime", "ONNX Runtime, int8"
-KERNELS = "ONNX Runtime, kernels"
+KERNELS, KERNELS_INT8 = "ONNX Runtime, kernels", "ONNX Runtime, kernels, int8"
 _LIMIT = 1e-2
 """Of float32 files against the same network in torch: largest error over largest logit; routes that flip leave some."""
 _CUTTINGS = 48
@@ -69,11 +69,11 @@ class Row:
 
 @dataclass
 class Files:
-    """Exported networks by candidate; those that could not be exported, and why."""
+    """Exported networks by candidate; those that could not be exported, and why; what is in 8 bits."""
 
-    written: dict[str, Path]
-    missing: dict[str, str]
-    quantisation: QuantizationReport | None = None
+    written: dict[str, Path] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    quantisation: dict[str, QuantizationReport] = field(default_factory=dict)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -98,30 +98,27 @@ def calibration(folder: Path | None) -> Iterator[Path]:
 
 
 def export_ours(group: Group, photos: Path | None, folder: Path, kernels: bool) -> Files:
-    """Our network in float32, for our kernels if they are asked for, and in 8 bits where there are photos.
+    """Our network in standard operators and, if they are asked for, for our kernels; in 8 bits, too, with photos.
 
     Raises:
         JobFailed: an export fails, or the kernels can't be built.
     """
     model = next(c.model for c in group.candidates if c.name == FUSED)
-    files = Files({ONNX: folder / "float32.onnx"}, {})
+    files = Files()
     try:
-        to_onnx(model, files.written[ONNX], img_size=group.size, rewrite=standard_form, verify=False)
         if kernels:
-            files.written[KERNELS] = folder / "fused.onnx"
-            to_onnx(
-                model,
-                files.written[KERNELS],
-                img_size=group.size,
-                operators="fused",
-                rewrite=standard_form,
-                verify=False,
-            )
             onnxruntime_library()
-        if photos is not None:
-            made = folder / "int8.onnx"
-            files.quantisation = quantize_onnx(files.written[ONNX], made, calibration=photos, model=model)
-            files.written[INT8] = made
+        for operators, plain, int8 in (("standard", ONNX, INT8), ("fused", KERNELS, KERNELS_INT8)):
+            if operators == "fused" and not kernels:
+                continue
+            path, made = folder / f"{operators}.onnx", folder / f"{operators}_int8.onnx"
+            to_onnx(
+                model, path, img_size=group.size, operators=operators, rewrite=standard_form, verify=False
+            )
+            files.written[plain] = path
+            if photos is not None:
+                files.quantisation[int8] = quantize_onnx(path, made, calibration=photos, model=model)
+                files.written[int8] = made
     except (BuildError, ExportError) as error:
         raise JobFailed(f"{group.name}: {error}") from error
     return files
@@ -164,14 +161,14 @@ def measure(group: Group, files: Files, batch: int, folder: Path, args: argparse
             continue
         paths[name] = path
     candidates: dict[str, Run] = {name: run for name, run in todo.items() if not name.startswith("reference")}
-    sources = {ONNX: FUSED, KERNELS: FUSED, INT8: FUSED} | {f"{name}, {ONNX}": name for name in todo}
+    sources = dict.fromkeys(files.written, FUSED) | {f"{name}, {ONNX}": name for name in todo}
     for name, path in paths.items():
         source = sources[name]
-        candidates[name] = _runner(path, images, name == KERNELS)
+        candidates[name] = _runner(path, images, name in (KERNELS, KERNELS_INT8))
         expected: Any = todo[source]()
         (found,) = candidates[name]()
         error = float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())
-        if name != INT8 and not error <= _LIMIT:
+        if name not in files.quantisation and not error <= _LIMIT:
             raise JobFailed(f"{group.name}, {name}: the file differs from {source} in torch by {error:.1e}")
         if source in errors:
             errors[name] = error
@@ -274,14 +271,15 @@ def measure_all(
                 args.limit.stop(name)
                 continue
             missing[name] = group.missing | files.missing
-            if files.quantisation is not None:
-                report = files.quantisation
-                quantised[name] = {
+            quantised[name] = {
+                candidate: {
                     **report.settings,
                     "layers": len(report.layers),
                     "float32": {layer.module or layer.name: layer.verdict for layer in report.excluded},
                     **report.result.to_dict(),
                 }
+                for candidate, report in files.quantisation.items()
+            }
     for name, reasons in missing.items():
         for candidate, reason in reasons.items():
             terminal.warn(f"{name}, {candidate}: {reason}")
